@@ -1,0 +1,134 @@
+"""Check a hand-written backward against central differences.
+
+The derivative of f at x is (f(x + h) - f(x - h)) / 2h up to an error of order h². Here f is
+the module's output contracted with a fixed random `dout`, so that one number depends on
+every output, and backward(dout) must be its gradient. In float64 with h = 1e-5 a right
+backward agrees to about 1e-9, and a wrong one is off by far more than 1e-6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minilora.layers import Rng
+from minilora.module import Module, make_rng
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The worst entry of one array, its error relative to the largest gradient there."""
+
+    name: str
+    error: float
+    index: tuple[int, ...]
+    expected: float
+    got: float
+
+
+@dataclass
+class GradCheck:
+    """The report: one `Entry` for each array; print it to read it."""
+
+    tolerance: float
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def max_error(self) -> float:
+        return max((entry.error for entry in self.entries), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.entries) and all(e.error <= self.tolerance for e in self.entries)
+
+    def __str__(self) -> str:
+        width = max([len(entry.name) for entry in self.entries], default=0)
+        lines = []
+        for e in self.entries:
+            ok = e.error <= self.tolerance
+            where = "" if ok else f"  at {e.index}: expected {e.expected:.6g}, got {e.got:.6g}"
+            lines.append(f"{'ok   ' if ok else 'WRONG'} {e.name:{width}}  {e.error:.1e}{where}")
+        return "\n".join(lines)
+
+
+def numerical_gradient(
+    f: Callable[[], float], x: np.ndarray, indices: list[tuple[int, ...]], h: float = 1e-5
+) -> np.ndarray:
+    """Central differences of f() with respect to the entries of x at `indices`.
+
+    x is changed in place and restored after each entry; f must read it anew at each call.
+    """
+    slopes = np.empty(len(indices))
+    for i, index in enumerate(indices):
+        old = x[index]
+        x[index] = old + h
+        above = f()
+        x[index] = old - h
+        below = f()
+        x[index] = old
+        slopes[i] = (above - below) / (2.0 * h)
+    return slopes
+
+
+def gradcheck(
+    module: Module, x: np.ndarray, tolerance: float = 1e-6, max_entries: int = 100, rng: Rng = 0
+) -> GradCheck:
+    """Compare module.backward with central differences, for x and every trainable parameter.
+
+    x may be floating-point input or integer ids (which have no gradient). Of an array with
+    more than `max_entries` numbers that many are drawn at random. Gradients that the module
+    held are gone afterwards; parameters and x are as they were.
+
+    Raises TypeError unless parameters and x are float64: float32 is too coarse to tell.
+    """
+    rng, x = make_rng(rng), np.array(x)
+    arrays = {name: p.data for name, p in module.named_parameters() if p.requires_grad}
+    if x.dtype.kind == "f":
+        arrays["input"] = x
+    for name, array in arrays.items():
+        if array.dtype != np.float64:
+            raise TypeError(f"gradcheck needs float64, but {name} is {array.dtype}: use astype")
+
+    generators = {id(m.rng): m.rng for _, m in module.named_modules() if hasattr(m, "rng")}
+    states = {key: g.bit_generator.state for key, g in generators.items()}
+
+    def forward() -> np.ndarray:
+        for key, generator in generators.items():  # the same dropout mask every time
+            generator.bit_generator.state = states[key]
+        return module(x)
+
+    dout = rng.standard_normal(forward().shape)
+    module.zero_grad()
+    forward()
+    dx = module.backward(dout.copy())
+    gradients = {name: p.grad for name, p in module.named_parameters()} | {"input": dx}
+    compared = {}
+    for name, array in arrays.items():
+        count = min(max_entries, array.size)
+        flat = np.sort(rng.choice(array.size, count, replace=False))
+        indices = [tuple(int(j) for j in np.unravel_index(i, array.shape)) for i in flat]
+        expected = numerical_gradient(lambda: float((forward() * dout).sum()), array, indices)
+        gradient = gradients[name] if gradients[name] is not None else np.zeros(array.shape)
+        compared[name] = indices, expected, np.array([gradient[index] for index in indices])
+    module.zero_grad()
+    return GradCheck(tolerance, _worst_entries(compared))
+
+
+def _worst_entries(compared: dict[str, tuple[list, np.ndarray, np.ndarray]]) -> list[Entry]:
+    """Find the largest error of each array, relative to the largest gradient in it.
+
+    Some gradients are zero whatever happens, such as that of k_proj's bias (soft-max does not
+    see a shift), and differences only show round-off there: so the yardstick is never less
+    than a thousandth of the largest gradient anywhere.
+    """
+    largest = {name: np.abs(expected).max() for name, (_, expected, _) in compared.items()}
+    entries = []
+    for name, (indices, expected, got) in compared.items():
+        yardstick = max(largest[name], 1e-3 * max(largest.values()), 1e-8)
+        errors = np.abs(expected - got) / yardstick
+        errors[np.isnan(errors)] = np.inf
+        i = int(errors.argmax())
+        entries.append(Entry(name, float(errors[i]), indices[i], float(expected[i]), float(got[i])))
+    return entries

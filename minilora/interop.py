@@ -1,0 +1,175 @@
+"""Adapters on disk, in the layout of PEFT, so that there is one format and not two.
+
+A folder holds `adapter_config.json` (rank, alpha, targets) and `adapter_model.safetensors`
+with, for each adapted layer, two arrays: lora_A.weight (r, in) and lora_B.weight (out, r).
+Those are the transposes of our A and B, and this is the one file where anything is transposed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.checkpoint import (
+    CheckpointError,
+    load_safetensors,
+    save_safetensors,
+    write_atomically,
+)
+from minilora.layers import Linear
+from minilora.lora import LinearWithLoRA, freeze_base, lora_layers
+from minilora.module import Module, closest
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Settings that change what an adapter computes, with the value at which they do nothing.
+UNSUPPORTED = {
+    "bias": ("none",), "use_dora": (False, None), "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
+    "layers_to_transform": (None,), "exclude_modules": (None, []), "lora_bias": (False, None),
+    "trainable_token_indices": (None,), "layer_replication": (None,), "megatron_config": (None,),
+    "target_parameters": (None, []), "alora_invocation_tokens": (None,),
+}
+
+
+def save_adapter(model: Module, path: str | Path) -> None:
+    """Write the A and B of every LoRA layer, and nothing else, to the folder `path`.
+
+    PEFT's scale is alpha / r (or alpha / sqrt(r)); of a layer that scales by alpha alone,
+    alpha * r is written, which stands for the same update. Raises ValueError where there is
+    no LoRA layer, or where ranks or scales differ between layers.
+    """
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ValueError("the model has no LoRA layers to save: call replace_linear_with_lora")
+    kinds = {(layer.lora.rank, layer.lora.alpha, layer.lora.scaling) for layer in layers.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"all layers must have one rank, alpha and scaling; found {sorted(kinds)}")
+    ((rank, alpha, scaling),) = kinds
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha * rank if scaling == "alpha" else alpha,
+        "use_rslora": scaling == "alpha/sqrt(r)",
+        "lora_dropout": next(iter(layers.values())).dropout.p,
+        "target_modules": sorted(layers),
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora.A.data.T
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora.B.data.T
+    save_safetensors(Path(path) / WEIGHTS_FILE, tensors, {"format": "pt"})
+    write_atomically(Path(path) / CONFIG_FILE, json.dumps(config, indent=2).encode())
+
+
+def load_adapter(model: Module, path: str | Path) -> Module:
+    """Attach the adapter in the folder `path` (or one of its two files) and return the model.
+
+    Plain Linears are wrapped; layers that are wrapped already, as an earlier adapter left
+    them, get the new A and B. The base is frozen and otherwise untouched. Everything is
+    checked before anything is changed: CheckpointError where the files are not sound or do
+    not fit the model, with all the names and shapes that differ.
+    """
+    folder = Path(path)
+    folder = folder if folder.is_dir() else folder.parent
+    settings = _read_config(folder / CONFIG_FILE)
+    factors = _read_factors(folder / WEIGHTS_FILE, settings["rank"])
+    modules = dict(model.named_modules())
+    names = [name for name, m in modules.items() if isinstance(m, (Linear, LinearWithLoRA))]
+    faults = []
+    for name, (a, b) in factors.items():
+        module = modules.get(name)
+        if isinstance(module, LinearWithLoRA):
+            if module.merged:
+                faults.append(f"{name} is merged: unmerge it first")
+            module = module.linear
+        if not isinstance(module, Linear):
+            faults.append(f"the model has no linear layer {name!r}{closest(name, names)}")
+        elif (a.shape[0], b.shape[1]) != module.weight.shape:
+            faults.append(
+                f"{name} is {module.weight.shape} in the model, "
+                f"{(a.shape[0], b.shape[1])} in the adapter"
+            )
+    faults += [
+        f"{name} has a LoRA layer that the adapter does not: remove_lora first"
+        for name, _ in lora_layers(model) if name not in factors
+    ]
+    if faults:
+        raise CheckpointError(f"{folder} does not fit the model: " + "; ".join(faults))
+    for name, (a, b) in factors.items():
+        _attach(modules, name, a, b, settings)
+    freeze_base(model)
+    return model
+
+
+def _attach(
+    modules: dict[str, Module], name: str, a: np.ndarray, b: np.ndarray, settings: dict[str, Any]
+) -> None:
+    linear = modules[name]
+    if isinstance(linear, LinearWithLoRA):
+        linear = linear.linear
+    layer = LinearWithLoRA(linear, rng=0, **settings)
+    layer.lora.A.data[...] = a
+    layer.lora.B.data[...] = b
+    parent, _, child = name.rpartition(".")
+    setattr(modules[parent], child, layer)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return rank, alpha, scaling and dropout; what cannot be honoured is an error."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path} does not describe a LoRA adapter (peft_type LORA)")
+    for key, neutral in UNSUPPORTED.items():
+        if key in config and config[key] not in neutral:
+            raise CheckpointError(f"{path}: {key} = {config[key]!r} is not supported")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    dropout = config.get("lora_dropout", 0.0)
+    if type(rank) is not int or rank < 1:
+        raise CheckpointError(f"{path}: r must be a whole number of 1 or more, got {rank!r}")
+    for key, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise CheckpointError(f"{path}: {key} must be a finite number, got {value!r}")
+    if not 0.0 <= dropout < 1.0:
+        raise CheckpointError(f"{path}: lora_dropout must be in 0..1, got {dropout}")
+    scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
+    return {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": float(dropout)}
+
+
+def _read_factors(path: Path, rank: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return {layer: (A (in, r), B (r, out))} from the tensors of a PEFT adapter."""
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in load_safetensors(path).items():
+        name, dot, factor = key.removesuffix(".weight").rpartition(".")
+        if not dot or factor not in ("lora_A", "lora_B") or not key.endswith(".weight"):
+            raise CheckpointError(f"{path}: {key} is not a lora_A.weight or lora_B.weight")
+        if array.ndim != 2 or array.dtype.kind != "f":
+            raise CheckpointError(f"{path}: {key} must be a matrix of floating-point numbers")
+        pairs.setdefault(name.removeprefix(PREFIX), {})[factor] = array.T
+    factors = {}
+    for name, pair in pairs.items():
+        if len(pair) < 2:
+            raise CheckpointError(f"{path}: {name} has only {next(iter(pair))}")
+        a, b = pair["lora_A"], pair["lora_B"]
+        if a.shape[1] != rank or b.shape[0] != rank:
+            raise CheckpointError(
+                f"{path}: {name} has factors of rank {a.shape[1]} and {b.shape[0]}, "
+                f"the configuration says {rank}"
+            )
+        factors[name] = a, b
+    if not factors:
+        raise CheckpointError(f"{path} holds no LoRA factors")
+    return factors

@@ -1,0 +1,234 @@
+"""The layers of a transformer: each forward with its backward right below it.
+
+The lines of a backward mirror those of its forward in reverse order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minilora.functional import (
+    gelu_with_derivative,
+    layer_norm,
+    layer_norm_backward,
+    matmul,
+    rows,
+    token_ids,
+    weight_grad,
+)
+from minilora.module import Module, Parameter, float_dtype, make_rng
+
+Rng = np.random.Generator | int | None
+
+
+def kaiming_uniform(shape: tuple[int, ...], fan_in: int, rng: Rng, dtype: Any) -> np.ndarray:
+    """Draw uniformly from ±1/sqrt(fan_in).
+
+    This is Kaiming's bound sqrt(6 / ((1 + a²) fan_in)) with the a = sqrt(5) that PyTorch's
+    `Linear` and LoRA's A use. He et al. 2015, "Delving Deep into Rectifiers", equation 14.
+    """
+    bound = fan_in**-0.5
+    uniform = make_rng(rng).random(shape, dtype=float_dtype(dtype))
+    uniform *= 2.0 * bound
+    uniform -= bound
+    return uniform
+
+
+def check_width(module: Module, x: Any, width: int, dtype: np.dtype) -> np.ndarray:
+    """Return x as an array (..., width) of `dtype`, or say what is wrong with it.
+
+    Floating-point input of another precision is converted, so that every activation keeps
+    the dtype of the model. Raises TypeError for other dtypes, ValueError for other widths.
+    """
+    x = np.asarray(x)
+    if x.dtype != dtype:
+        if x.dtype.kind != "f":
+            raise TypeError(f"{module._title()} expects floating-point input, got dtype {x.dtype}")
+        x = x.astype(dtype)
+    if x.ndim == 0 or x.shape[-1] != width:
+        raise ValueError(
+            f"{module._title()} expects input of shape (..., {width}), got {x.shape}"
+        )
+    return x
+
+
+class Linear(Module):
+    """y = x W + b
+
+    weight   (in_features, out_features), uniform in ±1/sqrt(in_features)
+    bias     (out_features,), drawn likewise, or None
+
+    The weight is stored the way the equation is written, so no transpose is needed (PyTorch
+    stores the transpose). Raises ValueError where a size is below 1.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True,
+        dtype: Any = np.float32, rng: Rng = None,
+    ):
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"Linear needs sizes of 1 or more, got {in_features}, {out_features}")
+        rng = make_rng(rng)
+        self.weight = Parameter(
+            kaiming_uniform((in_features, out_features), in_features, rng, dtype)
+        )
+        self.bias = None
+        if bias:
+            self.bias = Parameter(kaiming_uniform((out_features,), in_features, rng, dtype))
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[1]
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """x (..., in_features) -> y (..., out_features)."""
+        x = check_width(self, x, self.in_features, self.weight.data.dtype)
+        self._save(x if self.weight.requires_grad else None)  # a frozen weight keeps no input
+        y = matmul(x, self.weight.data)
+        if self.bias is not None:
+            y += self.bias.data
+        return y
+
+    def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
+        """dW = xᵀ dout,  db = sum of dout over the rows,  dx = dout Wᵀ."""
+        (x,) = self._take()
+        dout = check_width(self, dout, self.out_features, self.weight.data.dtype)
+        if self.bias is not None and self.bias.requires_grad:
+            self.bias.accumulate(rows(dout).sum(axis=0))
+        if self.weight.requires_grad:
+            if x is None:
+                raise RuntimeError(f"{self._title()} was frozen in forward and is not in backward")
+            self.weight.accumulate(weight_grad(x, dout))
+        return matmul(dout, self.weight.data.T) if input_grad else None
+
+    def extra_repr(self) -> str:
+        bias = "" if self.bias is not None else ", bias=False"
+        return f"in_features={self.in_features}, out_features={self.out_features}{bias}"
+
+
+class Embedding(Module):
+    """y = W[ids]: one row of the table for each id.
+
+    weight   (num_embeddings, embedding_dim), normal with standard deviation 1
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, dtype: Any = np.float32, rng: Rng = None
+    ):
+        if num_embeddings < 1 or embedding_dim < 1:
+            raise ValueError(
+                f"Embedding needs sizes of 1 or more, got {num_embeddings}, {embedding_dim}"
+            )
+        table = make_rng(rng).standard_normal((num_embeddings, embedding_dim), float_dtype(dtype))
+        self.weight = Parameter(table)
+
+    def forward(self, ids: np.ndarray) -> np.ndarray:
+        """Ints ids (...) in 0..num_embeddings-1 -> y (..., embedding_dim)."""
+        ids = token_ids(ids, self.weight.shape[0])
+        self._save(ids)
+        return self.weight.data[ids]
+
+    def backward(self, dout: np.ndarray, input_grad: bool = False) -> None:
+        """dW[id] = sum of dout over the places where id stood. Ids have no gradient."""
+        (ids,) = self._take()
+        if self.weight.requires_grad:
+            grad = np.zeros_like(self.weight.data)
+            np.add.at(grad, ids, dout)
+            self.weight.accumulate(grad)
+
+    def extra_repr(self) -> str:
+        return "{}, {}".format(*self.weight.shape)
+
+
+class LayerNorm(Module):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, over the last axis.
+
+    weight   (width,), ones
+    bias     (width,), zeros, or None
+    """
+
+    def __init__(
+        self, width: int, bias: bool = True, eps: float = 1e-5, dtype: Any = np.float32
+    ):
+        if width < 1:
+            raise ValueError(f"LayerNorm needs a width of 1 or more, got {width}")
+        self.weight = Parameter(np.ones(width, dtype=float_dtype(dtype)))
+        self.bias = Parameter(np.zeros(width, dtype=float_dtype(dtype))) if bias else None
+        self.eps = eps
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """x (..., width) -> y (..., width)."""
+        x = check_width(self, x, self.weight.size, self.weight.data.dtype)
+        bias = None if self.bias is None else self.bias.data
+        y, cache = layer_norm(x, self.weight.data, bias, self.eps)
+        self._save(cache)
+        return y
+
+    def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
+        """dweight = sum of dout * xhat,  dbias = sum of dout; dx: see `layer_norm_backward`."""
+        (cache,) = self._take()
+        dout = check_width(self, dout, self.weight.size, self.weight.data.dtype)
+        if self.bias is not None and self.bias.requires_grad:
+            self.bias.accumulate(rows(dout).sum(axis=0))
+        if self.weight.requires_grad:
+            xhat, _ = cache
+            self.weight.accumulate((rows(dout) * xhat).sum(axis=0))
+        return layer_norm_backward(dout, cache, self.weight.data) if input_grad else None
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.size}, eps={self.eps}"
+
+
+class GELU(Module):
+    """y = gelu(x), the tanh form; see `functional.gelu`."""
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """x (...) -> y (...)."""
+        y, derivative = gelu_with_derivative(x)
+        self._save(derivative)
+        return y
+
+    def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
+        """dx = dout * gelu'(x)."""
+        (derivative,) = self._take()
+        return dout * derivative if input_grad else None
+
+
+class Dropout(Module):
+    """y = x * mask / (1 - p) in training, each number kept with probability 1 - p; else y = x.
+
+    Srivastava et al. 2014, "Dropout", in the inverted form that needs nothing at test time.
+    Raises ValueError unless 0 <= p < 1.
+    """
+
+    def __init__(self, p: float = 0.0, rng: Rng = None):
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"dropout needs 0 <= p < 1, got {p}")
+        self.p = float(p)
+        self.rng = make_rng(rng)
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """x (...) -> y (...)."""
+        if not self.training or self.p == 0.0:
+            self._save(None)
+            return x
+        mask = (self.rng.random(x.shape, dtype=np.float32) >= self.p).astype(x.dtype)
+        mask *= 1.0 / (1.0 - self.p)
+        self._save(mask)
+        return x * mask
+
+    def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
+        """dx = dout * mask / (1 - p)."""
+        (mask,) = self._take()
+        if not input_grad:
+            return None
+        return dout if mask is None else dout * mask
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"

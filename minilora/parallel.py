@@ -1,0 +1,143 @@
+"""Data parallelism with threads: each takes a share of the batch on the same weights.
+
+NumPy lets go of Python's lock inside its loops and products, so two threads, each with a
+one-thread BLAS, use two cores for everything, where BLAS alone uses them for products only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from minilora.functional import cross_entropy
+from minilora.module import Module
+
+
+def default_threads() -> int:
+    """Return how many threads pay: the cores, at most 4; 1 where BLAS cannot be told to use one."""
+    try:
+        import threadpoolctl  # noqa: F401
+    except ImportError:
+        return 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(cores, 4)
+
+
+def replicate(model: Module) -> Module:
+    """Return a copy that shares the weights but has caches, gradients and dropout of its own."""
+    memo = {id(p.data): p.data for p in model.parameters()}  # deepcopy takes these as copied
+    memo |= {id(p.grad): None for p in model.parameters()}
+    memo |= {id(module._cache): None for _, module in model.named_modules()}
+    twin = copy.deepcopy(model, memo)
+    for _, module in twin.named_modules():
+        if hasattr(module, "rng"):
+            module.rng = module.rng.spawn(1)[0]
+    return twin
+
+
+class DataParallel:
+    """Loss and gradients of one batch by several threads; use it in a `with` statement.
+
+    model     its gradients are filled, as by one `model.backward`
+    threads   1 or more; with 1 nothing is copied
+    """
+
+    def __init__(self, model: Module, threads: int = 1):
+        if threads < 1:
+            raise ValueError(f"threads must be 1 or more, got {threads}")
+        self.models = [model, *(replicate(model) for _ in range(threads - 1))]
+        self._resources = contextlib.ExitStack()
+
+    def __enter__(self) -> DataParallel:
+        if len(self.models) > 1:
+            self.pool = self._resources.enter_context(ThreadPoolExecutor(len(self.models)))
+            self._resources.enter_context(one_blas_thread())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._resources.close()
+
+    def loss_and_gradients(self, ids: np.ndarray, targets: np.ndarray) -> float:
+        """Forward and backward of ids and targets (B, ...); return the mean loss in nats."""
+        shares = [
+            (model, ids_part, targets_part, targets_part.size / targets.size)
+            for model, ids_part, targets_part in zip(
+                self.models,
+                np.array_split(ids, len(self.models)),
+                np.array_split(targets, len(self.models)),
+                strict=True,
+            )
+            if len(ids_part)
+        ]
+        if len(shares) == 1:
+            return _work(*shares[0])
+        loss = sum(self.pool.map(_work, *zip(*shares, strict=True)))
+        for twin in self.models[1:]:
+            for p, q in zip(self.models[0].parameters(), twin.parameters(), strict=True):
+                if q.grad is not None:
+                    p.accumulate(q.grad)
+                    q.grad = None
+        return loss
+
+    def mean_loss(self, batches: list[tuple[np.ndarray, np.ndarray]]) -> float:
+        """Return the mean loss over all targets of the batches, dropout off."""
+        if not batches:
+            raise ValueError("evaluation needs at least one batch")
+        training = self.models[0].training
+        for model in self.models:
+            model.eval()
+        try:
+            shares = [batches[i :: len(self.models)] for i in range(len(self.models))]
+            run = self.pool.map if len(self.models) > 1 else map
+            total = sum(run(_total_loss, self.models, shares))
+        finally:
+            for model in self.models:
+                model.train(training)
+        return total / sum(targets.size for _, targets in batches)
+
+
+def _work(model: Module, ids: np.ndarray, targets: np.ndarray, share: float) -> float:
+    loss, dlogits = cross_entropy(model(ids), targets)
+    dlogits *= share
+    model.backward(dlogits)
+    return loss * share
+
+
+def _total_loss(model: Module, batches: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    return sum(cross_entropy(model(ids), targets)[0] * targets.size for ids, targets in batches)
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Keep BLAS to one thread meanwhile; needs threadpoolctl, and does nothing without it."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        yield
+        return
+    with threadpool_limits(1):
+        yield
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory for the next step instead of giving it back each time.
+
+    A step allocates and frees the same arrays as the last one. By default most of that
+    memory goes back to the system and is faulted in and zeroed again: 16,000 page faults a
+    step at d_model 128, a quarter of its time. Holds for the whole process; elsewhere than
+    on Linux with glibc it does nothing.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+            mallopt(trim_threshold, 1 << 30)
+            mallopt(mmap_threshold, 1 << 25)

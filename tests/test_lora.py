@@ -1,0 +1,337 @@
+import warnings
+
+import numpy as np
+import pytest
+from conftest import randomise, tiny_config
+
+import minilora as ml
+from minilora.lora import lora_layers
+
+
+def train_steps(model, ids, steps=3, lr=0.05):
+    optimizer = ml.AdamW([p for p in model.parameters() if p.requires_grad], lr)
+    for _ in range(steps):
+        _, dlogits = ml.cross_entropy(model(ids), ids)
+        model.backward(dlogits)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def adapted(rank=2, alpha=4, dtype=np.float32, **options):
+    return ml.replace_linear_with_lora(
+        ml.GPT(tiny_config(), dtype=dtype), rank, alpha, rng=0, **options
+    )
+
+
+# The layer
+
+
+@pytest.mark.parametrize("scaling, scale", [("alpha", 16), ("alpha/r", 4), ("alpha/sqrt(r)", 8)])
+def test_forward_and_the_three_scalings(rng, scaling, scale):
+    lora = randomise(ml.LoRALayer(6, 5, 4, 16, scaling=scaling, dtype=np.float64))
+    x = rng.standard_normal((2, 3, 6))
+    assert lora.scale == scale and isinstance(lora.scale, float)
+    np.testing.assert_allclose(lora(x), scale * (x @ lora.A.data @ lora.B.data))
+    np.testing.assert_allclose(lora(x), x @ lora.delta_weight())
+
+
+def test_initial_values():
+    lora = ml.LoRALayer(768, 64, 16, 16, rng=0)
+    assert lora.A.shape == (768, 16) and lora.B.shape == (16, 64) and not lora.B.data.any()
+    bound = 768**-0.5
+    assert 0.99 * bound < np.abs(lora.A.data).max() <= bound
+    wide = ml.LoRALayer(768, 64, 16, 16, init="rank-fan-in", rng=0)
+    # The two conventions differ by sqrt(768 / 16) = 6.9.
+    np.testing.assert_allclose(wide.A.data, lora.A.data * (768 / 16) ** 0.5, atol=1e-7)
+
+
+@pytest.mark.parametrize("n_rows", [2, 40])  # below and above where folding pays
+def test_gradients_are_the_full_gradient_seen_through_the_factors(rng, n_rows):
+    """dA = scale dW Bᵀ and dB = scale Aᵀ dW, with dW the gradient of full fine-tuning."""
+    linear = ml.Linear(6, 5, rng=0, dtype=np.float64)
+    x, dout = rng.standard_normal((n_rows, 6)), rng.standard_normal((n_rows, 5))
+    linear(x)
+    dx_full = linear.backward(dout)
+    dw = linear.weight.grad
+    layer = ml.LinearWithLoRA(linear, 2, 6, rng=0)
+    a, b = layer.lora.A, layer.lora.B
+    layer(x)
+    np.testing.assert_allclose(layer.backward(dout), dx_full)
+    assert not a.grad.any(), "with B = 0 the gradient of A is zero at the first step"
+    randomise(layer.lora)
+    layer.zero_grad()
+    layer(x)
+    dx = layer.backward(dout)
+    np.testing.assert_allclose(a.grad, 3.0 * dw @ b.data.T, atol=1e-12)
+    np.testing.assert_allclose(b.grad, 3.0 * a.data.T @ dw, atol=1e-12)
+    np.testing.assert_allclose(dx, dout @ (linear.weight.data + layer.lora.delta_weight()).T)
+    assert linear.weight.grad is None and linear.bias.grad is None
+
+
+def test_folded_and_plain_forms_agree(rng, monkeypatch):
+    layer = randomise(ml.LinearWithLoRA(ml.Linear(6, 5, rng=0, dtype=np.float64), 2, 6, rng=0))
+    x, dout = rng.standard_normal((40, 6)), rng.standard_normal((40, 5))
+    assert layer._folding_pays(x)
+    results = []
+    for folds in (True, False):
+        monkeypatch.setattr(type(layer), "_folding_pays", lambda self, x, folds=folds: folds)
+        layer.zero_grad()
+        y = layer(x)
+        results.append([y, layer.backward(dout), layer.lora.A.grad, layer.lora.B.grad])
+    for folded, plain in zip(*results, strict=True):
+        np.testing.assert_allclose(folded, plain, atol=1e-12)
+
+
+def test_unfrozen_base_under_lora_gets_its_gradient_too(rng):
+    layer = randomise(ml.LinearWithLoRA(ml.Linear(6, 5, rng=0, dtype=np.float64), 2, 6, rng=0))
+    layer.unfreeze()
+    report = ml.gradcheck(layer, rng.standard_normal((40, 6)))
+    assert report.passed and len(report.entries) == 5, f"\n{report}"
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_rank_below_one(rank):
+    with pytest.raises(ValueError, match=f"rank must be 1 or more, got {rank}"):
+        ml.LoRALayer(4, 3, rank, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"rank": 2.0}, TypeError, "rank must be a whole number, got 2.0"),
+        ({"rank": True}, TypeError, "rank"),
+        ({"rank": "8"}, TypeError, "rank"),
+        ({"alpha": float("nan")}, ValueError, "alpha must be finite"),
+        ({"alpha": "16"}, TypeError, "alpha must be a number"),
+        ({"scaling": "alpha*r"}, ValueError, "scaling must be one of alpha, alpha/r"),
+        ({"init": "zeros"}, ValueError, "init must be one of fan-in"),
+        ({"in_dim": 0}, ValueError, "sizes of 1 or more"),
+        ({"dtype": np.float16}, TypeError, "float32 or float64"),
+    ],
+)
+def test_bad_hyperparameters(arguments, error, words):
+    defaults = {"in_dim": 4, "out_dim": 3, "rank": 2, "alpha": 4}
+    with pytest.raises(error, match=words):
+        ml.LoRALayer(**(defaults | arguments))
+
+
+def test_a_rank_that_is_too_large_is_warned_of():
+    with pytest.warns(UserWarning, match=r"rank 4 is above min\(in, out\) = 3"):
+        ml.LoRALayer(4, 3, 4, 1)
+    with pytest.warns(UserWarning, match="rank 9"):
+        ml.replace_linear_with_lora(ml.GPT(tiny_config()), 9, 9)
+    model = ml.GPT(tiny_config())
+    model.lm_head = ml.Linear(8, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ml.replace_linear_with_lora(model, 4, 4)  # only the two-class head is that narrow
+
+
+# Replacing
+
+
+def test_wrapping_freezes_the_linear_in_any_order(ids):
+    linear = ml.Linear(4, 3)
+    assert ml.LinearWithLoRA(linear, 2, 4).linear is linear
+    assert not linear.weight.requires_grad and not linear.bias.requires_grad
+    with pytest.raises(TypeError, match="wraps a Linear, got GELU"):
+        ml.LinearWithLoRA(ml.GELU(), 2, 4)
+
+
+def test_replace_wraps_every_linear_and_freezes_the_rest():
+    model = ml.GPT(tiny_config())
+    assert ml.replace_linear_with_lora(model, 2, 4) is model
+    assert len(list(lora_layers(model))) == 2 * 6 + 1
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.endswith((".lora.A", ".lora.B")) for name in trainable)
+    # q, k, v, o: 8 to 8; up and down: 8 to 32 and back; head: 8 to 11
+    expected = 2 * (2 * (4 * (8 + 8) + 2 * (8 + 32)) + (8 + 11))
+    assert model.num_parameters(trainable_only=True) == expected
+
+
+def test_zero_b_leaves_the_output_bit_identical(ids, rng):
+    for batch in (ids, rng.integers(0, 11, (40, 6))):  # plain and folded
+        model = ml.GPT(tiny_config())
+        before = model(batch)
+        ml.replace_linear_with_lora(model, 2, 4)
+        assert np.array_equal(model(batch), before)
+
+
+def test_a_second_call_changes_nothing():
+    model = adapted()
+    before, text = model.state_dict(), repr(model)
+    ml.replace_linear_with_lora(model, 3, 9, rng=5)
+    ml.replace_linear_with_lora(model, 3, 9, target_modules=["q_proj"], rng=5)
+    assert repr(model) == text
+    assert all(np.array_equal(before[name], array) for name, array in model.state_dict().items())
+    assert all(layer.lora.A.requires_grad for _, layer in lora_layers(model))
+
+
+def test_a_second_call_can_add_other_layers():
+    model = ml.replace_linear_with_lora(ml.GPT(tiny_config()), 2, 4, target_modules="q_proj")
+    ml.replace_linear_with_lora(model, 1, 4, target_modules="v_proj")
+    assert {n.rpartition(".")[2]: m.lora.rank for n, m in lora_layers(model)} == {
+        "q_proj": 2, "v_proj": 1,
+    }
+    assert all(layer.lora.A.requires_grad for _, layer in lora_layers(model))
+
+
+@pytest.mark.parametrize(
+    "targets, count",
+    [
+        (["q_proj", "v_proj"], 4), ("lm_head", 1), ("h.0.*", 6), ("h.*.attn.?_proj", 8),
+        ("attn.q_proj", 2), ("h.1.mlp.up_proj", 1), (["*_proj"], 12), (("q_proj", "q_proj"), 2),
+    ],
+)
+def test_targets(targets, count):
+    assert len(list(lora_layers(adapted(target_modules=targets)))) == count
+
+
+@pytest.mark.parametrize(
+    "targets, words",
+    [
+        (["q_proj", "v_porj"], "'v_porj' fits no Linear layer; did you mean 'v_proj'.*up_proj"),
+        ("ln_1", "'ln_1' fits no Linear"),
+        ("proj", "'proj' fits no Linear"),
+        ("h.0", "'h.0' fits no Linear"),
+        ([], "target_modules is empty"),
+    ],
+)
+def test_targets_that_match_nothing_change_nothing(targets, words):
+    model = ml.GPT(tiny_config())
+    with pytest.raises(ValueError, match=words):
+        ml.replace_linear_with_lora(model, 2, 4, target_modules=targets)
+    assert all(p.requires_grad for p in model.parameters()) and not list(lora_layers(model))
+
+
+def test_models_that_cannot_be_adapted():
+    with pytest.raises(TypeError, match="bare Linear"):
+        ml.replace_linear_with_lora(ml.Linear(3, 3), 2, 4)
+    with pytest.raises(ValueError, match="no Linear layer"):
+        ml.replace_linear_with_lora(ml.Sequential(ml.GELU()), 2, 4)
+    model = ml.GPT(tiny_config())
+    with pytest.raises(ValueError, match="rank must be 1"):
+        ml.replace_linear_with_lora(model, 0, 4)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_model_of_one_s_own(rng):
+    class Net(ml.Module):
+        def __init__(self):
+            self.first, self.second = ml.Linear(4, 5, rng=0), ml.Linear(5, 2, rng=1)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+        def backward(self, dout, input_grad=True):
+            return self.first.backward(self.second.backward(dout), input_grad)
+
+    net = ml.replace_linear_with_lora(Net().astype(np.float64), 1, 2, ["first"])
+    assert isinstance(net.first, ml.LinearWithLoRA) and isinstance(net.second, ml.Linear)
+    assert ml.gradcheck(randomise(net), rng.standard_normal((3, 4))).passed
+
+
+# The four promises
+
+
+def test_base_weights_are_untouched_by_training(ids):
+    model = ml.GPT(tiny_config())
+    before = model.state_dict()
+    ml.replace_linear_with_lora(model, 2, 4, rng=0)
+    loss_before = ml.cross_entropy(model(ids), ids)[0]
+    train_steps(model, ids)
+    assert ml.cross_entropy(model(ids), ids)[0] < loss_before
+    for name, array in model.state_dict().items():
+        if ".lora." not in name:
+            assert np.array_equal(array, before[name.replace(".linear.", ".")]), name
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_a_task_is_a_and_b_only(ids):
+    model = adapted()
+    train_steps(model, ids)
+    task = ml.lora_state_dict(model)
+    assert sum(a.size for a in task.values()) == model.num_parameters(trainable_only=True)
+    with_task = model(ids)
+    other = adapted()
+    other.load_state_dict(task, strict=False)
+    assert np.array_equal(other(ids), with_task)
+    task["lm_head.lora.A"] += 1
+    assert np.array_equal(model(ids), with_task), "the state dict must be a copy"
+
+
+def test_remove_gives_the_base_back_bit_for_bit(ids):
+    model = ml.GPT(tiny_config())
+    before, logits = model.state_dict(), model(ids)
+    ml.replace_linear_with_lora(model, 2, 4)
+    train_steps(model, ids)
+    ml.merge_lora(model)
+    assert ml.remove_lora(model) is model
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+    assert np.array_equal(model(ids), logits)
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        ml.remove_lora(model)
+
+
+# Merging
+
+
+def test_merging_keeps_the_output_and_unmerging_restores_every_bit(ids):
+    model = randomise(adapted(dtype=np.float64), 0.1)
+    before, state = model(ids), model.state_dict()
+    ml.merge_lora(model)
+    assert all(layer.merged for _, layer in lora_layers(model))
+    np.testing.assert_allclose(model(ids), before, atol=1e-12)
+    ml.unmerge_lora(model)
+    assert all(np.array_equal(state[name], array) for name, array in model.state_dict().items())
+    np.testing.assert_array_equal(model(ids), before)
+
+
+def test_merging_in_float32_is_good_to_a_millionth(ids):
+    model = adapted()
+    train_steps(model, ids)
+    before = model(ids)
+    np.testing.assert_allclose(ml.merge_lora(model)(ids), before, atol=1e-6)
+
+
+def test_merging_twice_or_training_while_merged_is_an_error(ids):
+    model = adapted()
+    with pytest.raises(RuntimeError, match="not merged"):
+        ml.unmerge_lora(model)
+    ml.merge_lora(model)
+    weight = model.lm_head.linear.weight.data.copy()
+    with pytest.raises(RuntimeError, match="merged already"):
+        ml.merge_lora(model)
+    with pytest.raises(RuntimeError, match="merged already"):
+        model.lm_head.merge()
+    assert np.array_equal(model.lm_head.linear.weight.data, weight)
+    logits = model(ids)
+    with pytest.raises(RuntimeError, match="unmerge it before training"):
+        model.backward(logits)
+    with pytest.raises(RuntimeError, match="not merged"):
+        ml.unmerge_lora(model).lm_head.unmerge()
+
+
+def test_a_half_merged_model_is_left_alone():
+    model = adapted()
+    model.h[0].attn.q_proj.merge()
+    for change in (ml.merge_lora, ml.unmerge_lora):
+        with pytest.raises(RuntimeError):
+            change(model)
+    assert sum(layer.merged for _, layer in lora_layers(model)) == 1
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        ml.merge_lora(ml.GPT(tiny_config()))
+
+
+def test_dropout_works_on_the_lora_branch_only(rng):
+    linear = ml.Linear(6, 5, rng=0)
+    x = rng.standard_normal((40, 6)).astype(np.float32)
+    base = linear(x)
+    layer = ml.LinearWithLoRA(linear, 2, 4, dropout=0.5, rng=0)
+    assert np.array_equal(layer(x), base)
+    randomise(layer.lora)
+    assert not np.array_equal(layer(x), layer(x))
+    layer.eval()
+    np.testing.assert_allclose(layer(x), base + layer.lora(x), rtol=1e-5, atol=1e-6)

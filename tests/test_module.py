@@ -1,0 +1,177 @@
+import copy
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+import minilora as ml
+
+
+def test_parameter_keeps_float64_and_makes_everything_else_float32():
+    assert ml.Parameter(np.zeros(2)).data.dtype == np.float64
+    for data in ([1, 2], np.zeros(2, np.float16), np.arange(3), True):
+        assert ml.Parameter(data).data.dtype == np.float32
+
+
+def test_parameter_copies_its_data():
+    source = np.zeros(3, np.float32)
+    parameter = ml.Parameter(source)
+    source += 1
+    assert not parameter.data.any()
+
+
+@pytest.mark.parametrize("data", [np.zeros(2, complex), np.array(["a"]), np.array([None])])
+def test_parameter_refuses_what_is_not_real(data):
+    with pytest.raises(TypeError, match="real numbers"):
+        ml.Parameter(data)
+
+
+def test_typos_raise():
+    linear = ml.Linear(2, 3)
+    with pytest.raises(AttributeError):
+        linear.weight.gard = None
+    with pytest.raises(AttributeError, match="did you mean 'weight'"):
+        linear.wieght = linear.weight
+    with pytest.raises(AttributeError):
+        _ = linear.wieght
+
+
+def test_a_parameter_or_child_is_replaced_only_by_its_kind(tiny_gpt):
+    with pytest.raises(TypeError, match=r"data\[\.\.\.\]"):
+        tiny_gpt.wte.weight = np.zeros((11, 8))
+    with pytest.raises(TypeError, match="must be a Module"):
+        tiny_gpt.lm_head = "head"
+    head = ml.Linear(8, 2)
+    tiny_gpt.lm_head = head
+    assert dict(tiny_gpt.named_children())["lm_head"] is head
+
+
+def test_names_follow_the_tree(tiny_gpt):
+    names = [name for name, _ in tiny_gpt.named_parameters()]
+    assert names[:4] == ["wte.weight", "wpe.weight", "h.0.ln_1.weight", "h.0.ln_1.bias"]
+    for name in ("h.1.attn.o_proj.bias", "h.0.mlp.up_proj.weight", "ln_f.bias", "lm_head.weight"):
+        assert name in names
+    modules = dict(tiny_gpt.named_modules())
+    assert modules[""] is tiny_gpt
+    assert modules["h.1"] is tiny_gpt.h[1] and len(tiny_gpt.h) == 2
+
+
+def test_a_shared_parameter_is_counted_once():
+    linear = ml.Linear(3, 3)
+    twice = ml.Sequential(linear, linear)
+    assert twice.num_parameters() == 12
+
+
+def test_num_parameters_and_freezing():
+    model = ml.Sequential(ml.Linear(4, 5), ml.GELU(), ml.Linear(5, 2, bias=False))
+    assert model.num_parameters() == 4 * 5 + 5 + 5 * 2
+    model[0].freeze()
+    assert model.num_parameters(trainable_only=True) == 10
+    assert model.is_trainable() and not model[0].is_trainable() and not model[1].is_trainable()
+    assert model.freeze().num_parameters(trainable_only=True) == 0
+    assert model.unfreeze().num_parameters(trainable_only=True) == 35
+
+
+def test_backward_needs_one_forward_each(rng):
+    linear = ml.Linear(3, 2)
+    dout = np.ones((4, 2), np.float32)
+    with pytest.raises(RuntimeError, match=r"Linear\(in_features=3.*forward"):
+        linear.backward(dout)
+    linear(rng.standard_normal((4, 3)))
+    linear.backward(dout)
+    with pytest.raises(RuntimeError, match="once for each forward"):
+        linear.backward(dout)
+
+
+def test_gpt_backward_twice_raises(tiny_gpt, ids):
+    logits = tiny_gpt(ids)
+    tiny_gpt.backward(logits)
+    with pytest.raises(RuntimeError, match="GPT"):
+        tiny_gpt.backward(logits)
+
+
+def test_state_dict_is_a_copy_and_loads_back(tiny_gpt, ids):
+    state = tiny_gpt.state_dict()
+    other = ml.GPT(tiny_config(), rng=5)
+    assert not np.array_equal(other(ids), tiny_gpt(ids))
+    other.load_state_dict(state)
+    assert np.array_equal(other(ids), tiny_gpt(ids))
+    before = tiny_gpt(ids)
+    for array in state.values():
+        array += 1
+    assert np.array_equal(tiny_gpt(ids), before)
+
+
+def test_load_state_dict_lists_all_faults_and_changes_nothing(tiny_gpt):
+    before = tiny_gpt.state_dict()
+    state = tiny_gpt.state_dict()
+    del state["wte.weight"]
+    state["wte.wieght"] = np.zeros((11, 8))
+    state["ln_f.bias"] = np.zeros(3)
+    with pytest.raises(KeyError) as error:
+        tiny_gpt.load_state_dict(state)
+    message = error.value.args[0]
+    for part in ("missing: wte.weight", "unexpected: wte.wieght", "ln_f.bias", "(8,)", "(3,)"):
+        assert part in message
+    with pytest.raises(ValueError, match="ln_f.bias"):
+        tiny_gpt.load_state_dict(before | {"ln_f.bias": np.zeros(3)})
+    with pytest.raises(TypeError, match="ln_f.bias"):
+        tiny_gpt.load_state_dict(before | {"ln_f.bias": np.array(["x"] * 8)})
+    for name, array in tiny_gpt.state_dict().items():
+        assert np.array_equal(array, before[name])
+
+
+def test_load_state_dict_not_strict_returns_what_it_did_not_use(tiny_gpt):
+    keys = tiny_gpt.load_state_dict({"ln_f.bias": np.ones(8), "extra": np.ones(1)}, strict=False)
+    assert keys.unexpected == ["extra"] and "wte.weight" in keys.missing
+    assert tiny_gpt.ln_f.bias.data.sum() == 8
+
+
+def test_astype_and_bad_dtypes(tiny_gpt):
+    assert all(p.data.dtype == np.float64 for p in tiny_gpt.astype(np.float64).parameters())
+    for dtype in (np.float16, np.int32, complex):
+        with pytest.raises(TypeError, match="float32 or float64"):
+            tiny_gpt.astype(dtype)
+        with pytest.raises(TypeError, match="float32 or float64"):
+            ml.Linear(2, 2, dtype=dtype)
+
+
+def test_train_and_eval_reach_every_module(tiny_gpt):
+    assert all(not module.training for _, module in tiny_gpt.eval().named_modules())
+    assert all(module.training for _, module in tiny_gpt.train().named_modules())
+
+
+def test_printing_shows_the_tree(tiny_gpt):
+    text = repr(tiny_gpt)
+    assert "  (wte): Embedding(11, 8)\n" in text
+    assert "        (q_proj): Linear(in_features=8, out_features=8)\n" in text
+    assert text.count("(") == text.count(")")
+
+
+def test_deepcopy_is_independent(tiny_gpt, ids):
+    twin = copy.deepcopy(tiny_gpt)
+    twin.wte.weight.data += 1
+    assert not np.array_equal(twin(ids), tiny_gpt(ids))
+
+
+def test_sequential_stops_below_the_lowest_trainable(rng):
+    model = ml.Sequential(ml.Linear(3, 3), ml.Linear(3, 3), ml.Linear(3, 2))
+    model[0].freeze()
+    model(rng.standard_normal((4, 3)))
+    assert model.backward(np.ones((4, 2)), input_grad=False) is None
+    assert model[0]._cache is not None, "the frozen bottom layer must not be visited"
+    model(rng.standard_normal((4, 3)))
+    assert model.backward(np.ones((4, 2))).shape == (4, 3)
+
+
+def test_rng_of_the_wrong_type():
+    with pytest.raises(TypeError, match="rng must be"):
+        ml.Linear(2, 2, rng="seed")
+
+
+@pytest.mark.parametrize("make", [lambda s: ml.GPT(tiny_config(), rng=s),
+                                  lambda s: ml.LoRALayer(4, 3, 2, 4, rng=s)])
+def test_same_seed_same_bits(make):
+    one, two, three = make(3).state_dict(), make(3).state_dict(), make(4).state_dict()
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert not all(np.array_equal(one[name], three[name]) for name in one)
