@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.accounting import training_flops
 from minilora.functional import cross_entropy
 from minilora.gpt import GPT, GPTConfig
 from minilora.lora import replace_linear_with_lora
@@ -108,3 +109,44 @@ def sgemm_gflops() -> float:
         a @ a
         times.append(time.perf_counter() - start)
     return 2 * 1024**3 / min(times) / 1e9
+
+
+def report(sizes: tuple[str, ...], peers: bool = False, seconds: float = 6.0) -> str:
+    """Time full and LoRA r=8 steps; return a Markdown table. Run it with one BLAS thread.
+
+    With peers, PyTorch steps take turns with ours and their ratio is added (below 1: we are
+    faster). ImportError that says what to install where torch or peft is missing.
+    """
+    for size in sizes:
+        config_and_batch(size)
+    if peers:
+        use_one_torch_thread()
+    peak = sgemm_gflops()
+    head = ["size", "method", "ms/step", "of sgemm peak"]
+    head += ["PyTorch ms/step", "ratio"] if peers else []
+    lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * (len(head) - 2) + "|"]
+    for size in sizes:
+        for lora in (False, True):
+            steps = [minilora_step(size, lora)] + ([torch_step(size, lora)] if peers else [])
+            medians = median_ms(steps, seconds)
+            config, batch = config_and_batch(size)
+            flops = training_flops(config, batch, RANK if lora else None)
+            cells = [size, f"LoRA r={RANK}" if lora else "full", f"{medians[0]:.2f}",
+                     f"{flops / (medians[0] * 1e6) / peak:.0%}"]
+            if peers:
+                cells += [f"{medians[1]:.2f}", f"{medians[0] / medians[1]:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines.append(f"\nOne thread; sgemm peak here: {peak:.0f} GFLOP/s (a 1024 x 1024 product).")
+    return "\n".join(lines)
+
+
+def use_one_torch_thread() -> None:
+    """Hold PyTorch to one thread; ImportError with a hint where a peer is missing."""
+    try:
+        import peft  # noqa: F401
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"--peers needs torch and peft ({error}): pip install torch==2.13.0 peft"
+        ) from None
+    torch.set_num_threads(1)

@@ -43,7 +43,7 @@ class Settings:
     threads: int = 1
 
 
-QUICK = Settings(base="small", steps=150)
+QUICK = Settings(base="small", steps=250)
 
 
 @dataclass
@@ -191,7 +191,7 @@ def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[
     result = {
         "settings": asdict(settings), "docs_base": docs_base, "runs": [asdict(run) for run in runs]
     }
-    write_atomically(Path(out) / "compare.json", json.dumps(result, indent=1).encode())
+    write_atomically(Path(out) / "compare.json", json.dumps(result).encode())
     return result
 
 

@@ -81,7 +81,7 @@ def load_adapter(model: Module, path: str | Path) -> Module:
     not fit the model, with all the names and shapes that differ.
     """
     folder = Path(path)
-    folder = folder if folder.is_dir() else folder.parent
+    folder = folder.parent if folder.is_file() else folder
     settings = _read_config(folder / CONFIG_FILE)
     factors = _read_factors(folder / WEIGHTS_FILE, settings["rank"])
     modules = dict(model.named_modules())

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from minilora.checkpoint import write_atomically
 from minilora.module import Module
@@ -90,6 +89,8 @@ def fit(
         raise ValueError(f"steps must be 1 or more, got {steps}")
     if not model.is_trainable():
         raise ValueError("nothing to train: every parameter of the model is frozen")
+    from tqdm import tqdm  # here, since it is a fifth of the time that importing minilora takes
+
     validation = None if validation is None else list(validation)
     keep_freed_memory()
     model.train()

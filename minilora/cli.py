@@ -1,0 +1,197 @@
+"""The command line: `minilora compare | pretrain | generate | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from minilora import bench, compare
+from minilora.checkpoint import WEIGHTS, load_base, load_checkpoint
+from minilora.gpt import GPT, sample_tokens
+from minilora.interop import load_adapter
+from minilora.parallel import default_threads, keep_freed_memory, one_blas_thread
+from minilora.pretrain import RECIPES, pretrain
+from minilora.text import CharTokenizer
+
+
+def compare_command(args: argparse.Namespace) -> None:
+    """Run the comparison, print its table, and write figures beside its numbers."""
+    from minilora import plots  # matplotlib takes its time to import, so only where it is used
+
+    settings = compare.QUICK if args.quick else compare.Settings()
+    given = {
+        "ranks": args.ranks, "steps": args.steps, "lr": args.lr, "alpha": args.alpha,
+        "target_modules": args.target_modules, "seeds": args.seeds, "base": args.base,
+    }
+    settings = replace(
+        settings, threads=args.threads, **{k: v for k, v in given.items() if v is not None}
+    )
+    result = compare.compare(settings, args.out, progress=not args.no_progress)
+    if not result["runs"]:
+        print("interrupted before the first run was done")
+        return
+    print(f"\nFine-tuning the {settings.base} model, which has read English docs, on Python code: "
+          f"{settings.steps} steps.\n")
+    print(compare.table(result))
+    print("\nLosses in nats per character on held-out text; docs before: "
+          f"{result['docs_base']:.3f}. MB = 10^6 bytes.")
+    for name, figure in plots.COMPARISON.items():
+        plots.save(figure(result), Path(args.out) / name)
+    written = ", ".join([*plots.COMPARISON, "compare.json", "adapters/"])
+    print(f"Written to {args.out}: {written}")
+
+
+def pretrain_command(args: argparse.Namespace) -> None:
+    """Train a base model and say how its loss on held-out docs went."""
+    out = args.out or WEIGHTS / f"{args.model}.safetensors"
+    history = pretrain(args.model, out, args.steps, args.seed, args.threads, not args.no_progress)
+    if not history.steps:
+        print("interrupted before the first step was done; nothing written")
+        return
+    for step, loss in zip(history.validation_steps, history.validation_losses, strict=True):
+        print(f"step {step:5d}: {loss:.4f} nats per character on held-out docs")
+    print(f"{'interrupted; ' * history.interrupted}written to {out}")
+
+
+def load_model(name: str) -> GPT:
+    """Return a shipped model by its name, or a checkpoint by its path."""
+    return load_checkpoint(name) if Path(name).suffix or "/" in name else load_base(name)
+
+
+def generate_command(args: argparse.Namespace) -> None:
+    """Print the prompt and its continuation, character by character."""
+    model = load_model(args.base)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    tokenizer = CharTokenizer()
+    prompt = args.prompt.replace("\\n", "\n")
+    ids = tokenizer.encode(prompt)
+    tokens = sample_tokens(model, ids, args.tokens, args.temperature, args.top_k, args.seed)
+    print(prompt, end="", flush=True)
+    for token in tokens:
+        print(tokenizer.decode(token), end="", flush=True)
+    print()
+
+
+def bench_command(args: argparse.Namespace) -> None:
+    """Print the timing table."""
+    keep_freed_memory()
+    with one_blas_thread():
+        print(bench.report(args.sizes, args.peers, args.seconds))
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return an argparse type: a whole number of `least` or more."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return int(text)
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """Parse a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def ranks(text: str) -> tuple[int, ...]:
+    """Parse "2,8"; each rank once, in the order given."""
+    return tuple(dict.fromkeys(whole(1)(part) for part in text.split(",")))
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Parse "q_proj,v_proj"."""
+    return tuple(part for part in text.split(",") if part)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="minilora", description="LoRA from scratch in NumPy, with its promises measured."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def training_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--threads", type=whole(1), default=default_threads(),
+                         help="threads that share each batch (default: %(default)s)")
+        sub.add_argument("--no-progress", action="store_true", help="no progress bars")
+
+    sub = command("compare", compare_command,
+                  "fine-tune the base on Python code, in full and with LoRA; table and figures")
+    sub.add_argument("--ranks", type=ranks, metavar="2,8", help="LoRA ranks (default: 2,8)")
+    sub.add_argument("--steps", type=whole(2), help="training steps of each run (default: 300)")
+    sub.add_argument("--lr", type=positive,
+                     help="one learning rate for all methods (default: each method's own, "
+                     f"{compare.FULL_LEARNING_RATE:g} full, {compare.LORA_LEARNING_RATE:g} LoRA)")
+    sub.add_argument("--alpha", type=positive, help="LoRA alpha (default: twice the rank)")
+    sub.add_argument("--target-modules", type=names, metavar="q_proj,v_proj",
+                     help="names or globs of the layers to adapt (default: every Linear)")
+    sub.add_argument("--seeds", type=whole(1), help="runs of each method (default: 1)")
+    sub.add_argument("--base", choices=sorted(RECIPES), help="shipped model (default: base)")
+    sub.add_argument("--out", default="figures",
+                     help="folder for figures, numbers, adapters (default: %(default)s)")
+    sub.add_argument("--quick", action="store_true",
+                     help=f"the small model and {compare.QUICK.steps} steps, about 15 seconds")
+    training_options(sub)
+
+    sub = command("pretrain", pretrain_command, "train a base model on the docs corpus")
+    sub.add_argument("--model", choices=sorted(RECIPES), default="base",
+                     help="which recipe (default: %(default)s)")
+    sub.add_argument("--steps", type=whole(1), help="training steps (default: the recipe's)")
+    sub.add_argument("--seed", type=whole(0), default=0,
+                     help="seed of weights and batches (default: 0)")
+    sub.add_argument("--out", help="file to write (default: the one in the package)")
+    training_options(sub)
+
+    sub = command("generate", generate_command, "let a model write")
+    sub.add_argument("--prompt", default="The ", help=r"text to continue; \n is a new line")
+    sub.add_argument("--base", default="base",
+                     help="base, small, or the path of a checkpoint (default: base)")
+    sub.add_argument("--adapter", help="folder of an adapter, as compare writes them")
+    sub.add_argument("--tokens", type=whole(0), default=400,
+                     help="characters to write (default: 400)")
+    sub.add_argument("--temperature", type=float, default=0.8,
+                     help="0: always the likeliest (default: 0.8)")
+    sub.add_argument("--top-k", type=whole(1), default=20,
+                     help="draw among the k likeliest (default: 20)")
+    sub.add_argument("--seed", type=whole(0), default=0, help="seed of the draws (default: 0)")
+
+    sub = command("bench", bench_command, "time training steps on one thread")
+    sub.add_argument("--sizes", type=names, default=tuple(bench.SIZES), metavar="XS,S,M,L",
+                     help="model sizes to time (default: all)")
+    sub.add_argument("--peers", action="store_true", help="also PyTorch and PEFT, as ratios")
+    sub.add_argument("--seconds", type=positive, default=6.0,
+                     help="seconds for each comparison (default: 6)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; wrong input is one sentence on stderr and exit status 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, KeyError, FloatingPointError, OSError, ImportError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"minilora {args.command}: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,265 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1. A linear layer and its gradients, by hand
+#
+# Everything in this library rests on one layer, $y = xW + b$, and on three lines that go
+# backwards through it. In this notebook you will
+#
+# - write the layer and derive its three gradients from the definition of a derivative,
+# - check them against central differences, and see what a mistake looks like in the report,
+# - see what *freezing* a weight saves and what it does not,
+# - train a linear map, then a two-layer network, with nothing but these lines.
+#
+# You need: matrix products, the chain rule, a little NumPy.
+
+# %%
+# %matplotlib inline
+import numpy as np
+
+import minilora as ml
+from minilora import plots
+
+rng = np.random.default_rng(0)
+
+# %% [markdown]
+# ## The layer
+#
+# Letters: $N$ rows (examples), $n$ inputs, $m$ outputs.
+#
+# $$ y_{ij} = \sum_k x_{ik} W_{kj} + b_j \qquad x: (N, n),\; W: (n, m),\; b: (m,),\; y: (N, m) $$
+
+
+# %%
+def linear(x, W, b):
+    return x @ W + b
+
+
+N, n, m = 5, 4, 3
+x, W, b = rng.standard_normal((N, n)), rng.standard_normal((n, m)), rng.standard_normal(m)
+y = linear(x, W, b)
+print("x", x.shape, " W", W.shape, " b", b.shape, " y", y.shape)
+
+# %% [markdown]
+# ## What a gradient is
+#
+# Training needs one number to make small, the loss $L$. Somebody above this layer hands us
+# `dout`, the derivative of $L$ with respect to every entry of $y$: $D_{ij} = \partial L /
+# \partial y_{ij}$. The chain rule does the rest. An entry $W_{kj}$ appears in $y_{ij}$ for every
+# row $i$, each time multiplied by $x_{ik}$, so
+#
+# $$ \frac{\partial L}{\partial W_{kj}} = \sum_i x_{ik} D_{ij} \;\Rightarrow\; dW = x^\top D $$
+#
+# $b_j$ appears once in every row, multiplied by 1:
+#
+# $$ \frac{\partial L}{\partial b_j} = \sum_i D_{ij} \;\Rightarrow\; db = \text{sum of } D
+# \text{ over its rows} $$
+#
+# and $x_{ik}$ appears in every output $j$ of its own row, multiplied by $W_{kj}$:
+#
+# $$ \frac{\partial L}{\partial x_{ik}} = \sum_j D_{ij} W_{kj} \;\Rightarrow\; dx = D W^\top $$
+#
+# A good habit: each gradient has the shape of what it is the gradient of, and often only one
+# way of multiplying the pieces gives that shape.
+
+
+# %%
+def linear_backward(D, x, W):
+    dW = x.T @ D
+    db = D.sum(axis=0)
+    dx = D @ W.T
+    return dW, db, dx
+
+
+D = rng.standard_normal((N, m))
+dW, db, dx = linear_backward(D, x, W)
+print("dW", dW.shape, " db", db.shape, " dx", dx.shape)
+
+# %% [markdown]
+# ## Trust nothing: central differences
+#
+# The definition of a derivative gives a slow but simple second opinion. Move one entry up and
+# down by $h$ and look at what the loss does:
+#
+# $$ \frac{\partial L}{\partial w} = \frac{L(w + h) - L(w - h)}{2h} + O(h^2) $$
+#
+# As a loss take $L = \sum_{ij} D_{ij} y_{ij}$: its derivative with respect to $y$ is just $D$.
+
+
+# %%
+def numerical(f, array, h=1e-5):
+    slopes = np.zeros_like(array)
+    for index in np.ndindex(array.shape):
+        old = array[index]
+        array[index] = old + h
+        above = f()
+        array[index] = old - h
+        below = f()
+        array[index] = old
+        slopes[index] = (above - below) / (2 * h)
+    return slopes
+
+
+def loss():
+    return (D * linear(x, W, b)).sum()
+
+
+for name, array, gradient in [("W", W, dW), ("b", b, db), ("x", x, dx)]:
+    error = np.abs(numerical(loss, array) - gradient).max()
+    print(f"d{name}: largest difference {error:.1e}")
+    assert error < 1e-8
+
+# %% [markdown]
+# Differences of about $10^{-10}$: that is round-off, not mathematics. How small should $h$ be?
+# Too large, and the $O(h^2)$ term shows; too small, and the subtraction of two nearly equal
+# numbers eats the digits. The valley is wide in float64 and useless in float32, which is why
+# gradient checks are done in float64. (For a linear layer the $O(h^2)$ term is zero, so we use
+# a cube to see both sides.)
+
+# %%
+steps = np.logspace(-10, -1, 28)
+curves = {}
+for dtype in (np.float64, np.float32):
+    w = dtype(0.7)
+    slope = [((w + dtype(h)) ** 3 - (w - dtype(h)) ** 3) / dtype(2 * h) for h in steps]
+    error = np.abs(np.array(slope) / (3 * 0.7**2) - 1)
+    curves[np.dtype(dtype).name] = steps, np.maximum(error, 1e-16)
+plots.lines(curves, "step h", "relative error of the slope", xscale="log", yscale="log")
+
+# %% [markdown]
+# ## The same in the library
+#
+# `ml.Linear` is those two functions in one object: `forward` keeps what `backward` needs,
+# `backward` *adds* to `.grad` and returns `dx`. Adding matters: when a weight is used twice,
+# the chain rule says that its gradients sum up.
+
+# %%
+layer = ml.Linear(n, m, dtype=np.float64, rng=0)
+layer.weight.data[...], layer.bias.data[...] = W, b
+assert np.allclose(layer(x), y)
+assert np.allclose(layer.backward(D), dx)
+assert np.allclose(layer.weight.grad, dW) and np.allclose(layer.bias.grad, db)
+
+layer(x)
+layer.backward(D)
+print("a second pass doubles the gradient:", np.allclose(layer.weight.grad, 2 * dW))
+layer.zero_grad()
+print("after zero_grad it is", layer.weight.grad)
+
+# %% [markdown]
+# The pair has rules that save you from silent mistakes. One forward, one backward:
+
+# %%
+layer(x)
+layer.backward(D)
+try:
+    layer.backward(D)
+except RuntimeError as error:
+    print(error)
+
+# %% [markdown]
+# `ml.gradcheck` is the loop above for any module. A wrong backward is pointed at, entry by entry.
+# Here is a popular mistake, the mean over the rows where the sum belongs:
+
+# %%
+print(ml.gradcheck(layer, x), "\n")
+
+
+class MeanBias(ml.Linear):
+    def backward(self, dout, input_grad=True):
+        dx = super().backward(dout, input_grad)
+        self.bias.grad = dout.mean(axis=0)
+        return dx
+
+
+wrong = MeanBias(n, m, dtype=np.float64, rng=0)
+report = ml.gradcheck(wrong, x)
+print(report)
+assert not report.passed and ml.gradcheck(layer, x).passed
+
+# %% [markdown]
+# ## Freezing
+#
+# LoRA freezes $W$. Then $dW$ is not needed, so one of the three products falls away, and so does
+# the copy of $x$ that was kept for it. But $dx$ is still needed, because the layers below want
+# their gradient: a frozen layer is not a wall.
+
+# %%
+layer.freeze()
+layer.zero_grad()
+layer(x)
+print("kept for backward:", layer._cache)
+print("dx still right:", np.allclose(layer.backward(D), dx), " weight.grad:", layer.weight.grad)
+
+# %% [markdown]
+# ## Gradient descent on a small problem
+#
+# Data from a known map plus noise; start from random weights; step against the gradient. The loss
+# is the mean square, so $D = 2 (y - t) / (N m)$.
+
+# %%
+W_true, b_true = rng.standard_normal((4, 3)), rng.standard_normal(3)
+X = rng.standard_normal((200, 4))
+T = X @ W_true + b_true + 0.1 * rng.standard_normal((200, 3))
+
+
+def train(model, X, T, optimizer, steps):
+    losses = []
+    for _ in range(steps):
+        residual = model(X) - T
+        losses.append(float((residual**2).mean()))
+        optimizer.zero_grad()
+        model.backward(2 * residual / residual.size)
+        optimizer.step()
+    return losses
+
+
+curves = {}
+for lr in (0.03, 0.3, 1.0):
+    model = ml.Linear(4, 3, dtype=np.float64, rng=0)
+    curves[f"lr {lr:g}"] = range(100), train(model, X, T, ml.SGD(model.parameters(), lr), 100)
+    print(f"lr {lr:4g}: final loss {curves[f'lr {lr:g}'][1][-1]:.4f}, "
+          f"largest error in W {np.abs(model.weight.data - W_true).max():.3f}")
+assert abs(curves["lr 1"][1][-1] - 0.01) < 0.002  # what is left is the noise: 0.1 squared
+plots.lines(curves, "step", "mean square error", yscale="log")
+
+# %% [markdown]
+# The loss ends at 0.01, the variance of the noise: nothing below that can be learned.
+#
+# Now put two layers around a bend. Backward runs through the modules in reverse, each handing its
+# `dx` down as the next one's `dout`. That is all of backpropagation.
+
+# %%
+X = np.linspace(-3, 3, 200)[:, None]
+T = np.sin(2 * X) + 0.3 * X
+net = ml.Sequential(ml.Linear(1, 32, rng=1), ml.GELU(), ml.Linear(32, 1, rng=2)).astype(np.float64)
+assert ml.gradcheck(net, X).passed
+start = net(X).copy()
+losses = train(net, X, T, ml.AdamW(net.parameters(), lr=0.02, weight_decay=0.0), 600)
+print(net)
+print(f"{net.num_parameters()} parameters, loss {losses[0]:.3f} -> {losses[-1]:.5f}")
+assert losses[-1] < 0.01
+plots.lines({"target": (X, T), "before training": (X, start), "after 600 steps": (X, net(X))},
+            "x", "y")
+
+# %% [markdown]
+# ## Questions
+#
+# 1. Why is `db` a sum and not a mean? Where would a mean over the batch come in?
+# 2. The batch is doubled by repeating every row. How do `dW`, `db` and `dx` change, if the loss is
+#    a sum? If it is a mean?
+# 3. A layer is frozen, and so is everything below it. Which of the three products can be left out?
+# 4. `W` is (1000, 1000) and there are 64 rows. How many multiplications does each of the three
+#    gradients cost? What share does freezing save?
+# 5. Learning rate 1.0 worked above. What happens at 3.0? Find the largest that converges, and
+#    relate it to the largest eigenvalue of `X.T @ X`.

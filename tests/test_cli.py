@@ -1,0 +1,144 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from minilora import bench, checkpoint, cli, pretrain
+from minilora.cli import main
+
+
+def test_compare_prints_the_table_and_writes_all(tmp_path, capsys):
+    arguments = ["compare", "--quick", "--steps", "3", "--ranks", "2", "--out", str(tmp_path),
+                 "--no-progress", "--threads", "1", "--target-modules", "q_proj,v_proj"]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "LoRA r=2" in captured.out and "= base, exactly" in captured.out and not captured.err
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "loss_curves.png", "parameters_against_loss.png", "where_the_bytes_go.png",
+        "compare.json", "adapters",
+    }
+    settings = json.loads((tmp_path / "compare.json").read_text())["settings"]
+    assert settings["base"] == "small" and settings["target_modules"] == ["q_proj", "v_proj"]
+    out = ["--adapter", str(tmp_path / "adapters" / "r2-seed0"), "--base", "small"]
+    assert main(["generate", "--prompt", "def ", "--tokens", "20", *out]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["compare", "--target-modules", "q_porj"], "did you mean 'q_proj'"),
+        (["compare", "--quick", "--out", "/dev/null/x", "--steps", "2", "--no-progress"], "null"),
+        (["generate", "--prompt", "h\u00e9"], "'\u00e9' at 1"),
+        (["generate", "--prompt", ""], "T at least 1"),
+        (["generate", "--adapter", "no/such"], "no/such"),
+        (["generate", "--base", "tiny"], "got 'tiny'"),
+        (["generate", "--base", "no/such.safetensors"], "no/such.safetensors"),
+        (["generate", "--base", __file__], "header claims"),
+        (["generate", "--temperature", "-1"], "temperature"),
+        (["bench", "--sizes", "XXL"], "XS, S, M, L, got 'XXL'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(capsys, arguments, words):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and "Traceback" not in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "COMMAND"), (["fly"], "invalid choice"),
+        (["compare", "--ranks", "0"], "'0' is not a whole number of 1 or more"),
+        (["compare", "--ranks", "2,x"], "'x' is not a whole number"),
+        (["compare", "--ranks", ""], "'' is not a whole number"),
+        (["compare", "--steps", "-3"], "'-3' is not a whole number of 2 or more"),
+        (["compare", "--lr", "nan"], "'nan' is not a number above 0"),
+        (["compare", "--alpha", "0"], "'0' is not a number above 0"),
+        (["pretrain", "--model", "big"], "invalid choice: 'big'"),
+        (["generate", "--top-k", "0"], "'0' is not a whole number of 1"),
+        (["generate", "--seed", "-1"], "'-1' is not a whole number of 0"),
+    ],
+)
+def test_bad_options_exit_2(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_pretrain_writes_a_checkpoint_that_generate_reads(tmp_path, capsys):
+    out = str(tmp_path / "mine.safetensors")
+    arguments = ["pretrain", "--model", "small", "--steps", "3", "--out", out, "--no-progress"]
+    assert main(arguments) == 0
+    assert "step     3:" in capsys.readouterr().out
+    assert checkpoint.load_checkpoint(out).config == pretrain.RECIPES["small"].config
+    assert main(["generate", "--base", out, "--tokens", "5", "--prompt", r"a\nb"]) == 0
+    assert capsys.readouterr().out.startswith("a\nb")
+    with pytest.raises(ValueError, match="recipe for base, small; got 'big'"):
+        pretrain.pretrain("big", out)
+
+
+def test_pretraining_that_is_interrupted_keeps_what_was_done(tmp_path, monkeypatch, capsys):
+    def batches(*args, **options):
+        yield np.zeros((2, 64), int), np.zeros((2, 64), int)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "random_batches", batches)
+    out = tmp_path / "mine.safetensors"
+    assert main(["pretrain", "--model", "small", "--out", str(out), "--no-progress"]) == 0
+    assert "interrupted; written to" in capsys.readouterr().out and out.exists()
+
+
+def test_bench_prints_every_size_and_method(capsys):
+    assert main(["bench", "--sizes", "XS", "--seconds", "0.01"]) == 0
+    out = capsys.readouterr().out
+    assert "| XS | full |" in out and "| XS | LoRA r=8 |" in out and "sgemm" in out
+
+
+def test_bench_without_peers_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(["bench", "--sizes", "XS", "--peers"]) == 2
+    assert "pip install torch" in capsys.readouterr().err
+
+
+def test_bench_really_trains():
+    step = bench.minilora_step("XS", lora=True)
+    model = step.__closure__[step.__code__.co_freevars.index("model")].cell_contents
+    before = model.h[0].attn.q_proj.lora.B.data.copy()
+    step()
+    assert not np.array_equal(before, model.h[0].attn.q_proj.lora.B.data)
+
+
+def test_ctrl_c_is_not_a_traceback(monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "generate_command", interrupt)
+    assert main(["generate"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_python_m_minilora():
+    command = [sys.executable, "-m", "minilora", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and "compare" in run.stdout
+
+
+def test_importing_minilora_is_light():
+    code = (
+        "import sys, minilora\n"
+        "print([name for name in ('matplotlib', 'tqdm', 'torch') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    import minilora
+
+    for name in minilora.__all__:
+        assert getattr(minilora, name).__doc__, name
