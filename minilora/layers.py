@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from minilora.functional import (
+    column_sums,
     gelu_with_derivative,
     layer_norm,
     layer_norm_backward,
@@ -100,7 +101,7 @@ class Linear(Module):
         (x,) = self._take()
         dout = check_width(self, dout, self.out_features, self.weight.data.dtype)
         if self.bias is not None and self.bias.requires_grad:
-            self.bias.accumulate(rows(dout).sum(axis=0))
+            self.bias.accumulate(column_sums(dout))
         if self.weight.requires_grad:
             if x is None:
                 raise RuntimeError(f"{self._title()} was frozen in forward and is not in backward")
@@ -175,10 +176,10 @@ class LayerNorm(Module):
         (cache,) = self._take()
         dout = check_width(self, dout, self.weight.size, self.weight.data.dtype)
         if self.bias is not None and self.bias.requires_grad:
-            self.bias.accumulate(rows(dout).sum(axis=0))
+            self.bias.accumulate(column_sums(dout))
         if self.weight.requires_grad:
             xhat, _ = cache
-            self.weight.accumulate((rows(dout) * xhat).sum(axis=0))
+            self.weight.accumulate(column_sums(rows(dout) * xhat))
         return layer_norm_backward(dout, cache, self.weight.data) if input_grad else None
 
     def extra_repr(self) -> str:

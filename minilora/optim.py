@@ -130,21 +130,22 @@ class AdamW(Optimizer):
     def update(self, p: Parameter, group: dict[str, Any]) -> None:
         (b1, b2), lr = group["betas"], group["lr"]
         t = self.steps[id(p)] = self.steps.get(id(p), 0) + 1
-        step_size = lr / (1.0 - b1**t)
-        root = 1.0 / math.sqrt(1.0 - b2**t)
+        # (1 - b2^t) comes out of the root, so that nothing is divided by it entry by entry
+        root = math.sqrt(1.0 - b2**t)
+        eps, step_size = group["eps"] * root, lr * root / (1.0 - b1**t)
         decay = 1.0 - lr * group["weight_decay"]
         for w, g, m, v in blocks(p.data, p.grad, *self._moments(p, 2)):
             m *= b1
             m += (1.0 - b1) * g
             v *= b2
             v += (1.0 - b2) * g * g
-            denominator = np.sqrt(v)
-            denominator *= root
-            denominator += group["eps"]
-            np.divide(m, denominator, out=denominator)
-            denominator *= step_size
-            w *= decay
-            w -= denominator
+            update = np.sqrt(v)
+            update += eps
+            np.divide(m, update, out=update)
+            update *= step_size
+            if decay != 1.0:
+                w *= decay
+            w -= update
 
 
 def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:

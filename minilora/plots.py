@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 from minilora.checkpoint import write_atomically
 
@@ -188,10 +188,14 @@ def lines(
         ax.plot(x, y, STYLES[i % len(STYLES)], color=COLOURS[i % len(COLOURS)], label=name,
                 marker=MARKERS[i % len(MARKERS)] if few else None, markersize=5)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale=xscale, yscale=yscale)
+    points = next(iter(curves.values()))[0]
     for axis, scale in ((ax.xaxis, xscale), (ax.yaxis, yscale)):
         low, high = axis.get_view_interval()
-        if scale == "log" and high / low < 1000:  # 1, 2, 5, 10 instead of powers of ten
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        if scale == "log" and high / low < 2000:  # plain numbers instead of powers of ten
+            marked = axis is ax.xaxis and len(points) <= 8
+            axis.set_major_locator(
+                FixedLocator(list(points)) if marked else LogLocator(subs=(1.0, 2.0, 5.0))
+            )
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.set_minor_locator(NullLocator())
     if len(curves) > 1:

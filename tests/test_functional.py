@@ -99,6 +99,11 @@ def test_cross_entropy_bad_targets(targets, error, words):
         F.cross_entropy(np.zeros((2, 5)), targets)
 
 
+def test_cross_entropy_of_integers():
+    with pytest.raises(TypeError, match="logits must be floating-point"):
+        F.cross_entropy(np.zeros((2, 5), int), np.zeros(2, int))
+
+
 def test_cross_entropy_of_nothing():
     with pytest.raises(ValueError, match="not ignore_index"):
         F.cross_entropy(np.zeros((0, 5)), np.zeros(0, int))

@@ -1,0 +1,54 @@
+"""The README keeps its promises: its code runs, its table is the committed result."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+import minilora as ml
+from minilora import compare
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_code_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_layer_in_the_readme_is_the_layer_of_the_library():
+    scope = {}
+    block = re.search(r"```python\n(import numpy.*?class LoRA.*?)```", README, re.DOTALL).group(1)
+    exec(block, scope)
+    rng = np.random.default_rng(0)
+    layer = ml.LinearWithLoRA(ml.Linear(6, 5, bias=False, dtype=np.float64, rng=0), 2, 8, rng=0)
+    short = scope["LoRA"](layer.linear.weight.data, 2, 8, rng)
+    for p, array in ((layer.lora.A, short.A), (layer.lora.B, short.B)):
+        assert p.shape == array.shape
+    assert not short.B.any() and np.abs(short.A).max() <= 6**-0.5
+    short.A, short.B = rng.standard_normal((6, 2)), rng.standard_normal((2, 5))
+    layer.lora.A.data[...], layer.lora.B.data[...] = short.A, short.B
+    x, dout = rng.standard_normal((3, 6)), rng.standard_normal((3, 5))
+    np.testing.assert_allclose(short.forward(x), layer(x))
+    np.testing.assert_allclose(short.backward(dout), layer.backward(dout))
+    np.testing.assert_allclose(short.dA, layer.lora.A.grad)
+    np.testing.assert_allclose(short.dB, layer.lora.B.grad)
+
+
+def test_the_table_is_the_committed_result():
+    result = json.loads((ROOT / "figures" / "compare.json").read_text())
+    assert compare.table(result) in README
+    assert result["settings"]["steps"] == compare.Settings().steps
+    assert result["settings"]["base"] == "base"
+
+
+def test_files_it_points_to_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert "://" in target or (ROOT / target).exists(), target
+    for name in re.findall(r"`(\w+\.py)`", README):
+        assert (ROOT / "minilora" / name).exists(), name
