@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+IGNORE_INDEX = -100  # a target that cross-entropy passes over, as in PyTorch
 BLOCK = 32_768  # floats worked on at a time: 128 KiB, so that a chain of operations stays in cache
 
 THIN = 32  # a matrix with a side of at most this is multiplied in pieces, see `_product`
@@ -190,7 +191,7 @@ def layer_norm_backward(
 
 
 def cross_entropy(
-    logits: np.ndarray, targets: np.ndarray, ignore_index: int = -100
+    logits: np.ndarray, targets: np.ndarray, ignore_index: int = IGNORE_INDEX
 ) -> tuple[float, np.ndarray]:
     """Mean negative log-likelihood in nats, and its gradient.
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from minilora.functional import cross_entropy
+from minilora.functional import IGNORE_INDEX, cross_entropy
 from minilora.module import Module
 
 
@@ -66,19 +66,20 @@ class DataParallel:
         self._resources.close()
 
     def loss_and_gradients(self, ids: np.ndarray, targets: np.ndarray) -> float:
-        """Forward and backward of ids and targets (B, ...); return the mean loss in nats."""
-        shares = [
-            (model, ids_part, targets_part, targets_part.size / targets.size)
-            for model, ids_part, targets_part in zip(
-                self.models,
-                np.array_split(ids, len(self.models)),
-                np.array_split(targets, len(self.models)),
-                strict=True,
-            )
-            if len(ids_part)
-        ]
-        if len(shares) == 1:
-            return _work(*shares[0])
+        """Forward and backward of ids and targets (B, ...); return the mean loss in nats.
+
+        Each part's mean counts by its number of targets; those with IGNORE_INDEX do not count.
+        """
+        total = num_targets(targets)
+        if len(self.models) == 1 or not total:  # cross_entropy says what is wrong with none
+            return _work(self.models[0], ids, targets, 1.0)
+        parts = zip(
+            np.array_split(ids, len(self.models)), np.array_split(targets, len(self.models)),
+            strict=True,
+        )
+        parts = [(x, t) for x, t in parts if num_targets(t)]
+        shares = [(model, x, t, num_targets(t) / total)
+                  for model, (x, t) in zip(self.models, parts, strict=False)]
         loss = sum(self.pool.map(_work, *zip(*shares, strict=True)))
         for twin in self.models[1:]:
             for p, q in zip(self.models[0].parameters(), twin.parameters(), strict=True):
@@ -101,7 +102,7 @@ class DataParallel:
         finally:
             for model in self.models:
                 model.train(training)
-        return total / sum(targets.size for _, targets in batches)
+        return total / sum(num_targets(targets) for _, targets in batches)
 
 
 def _work(model: Module, ids: np.ndarray, targets: np.ndarray, share: float) -> float:
@@ -112,7 +113,14 @@ def _work(model: Module, ids: np.ndarray, targets: np.ndarray, share: float) -> 
 
 
 def _total_loss(model: Module, batches: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    return sum(cross_entropy(model(ids), targets)[0] * targets.size for ids, targets in batches)
+    return sum(
+        cross_entropy(model(ids), targets)[0] * num_targets(targets) for ids, targets in batches
+    )
+
+
+def num_targets(targets: np.ndarray) -> int:
+    """Count the targets that are not IGNORE_INDEX."""
+    return int(np.count_nonzero(targets != IGNORE_INDEX))
 
 
 @contextlib.contextmanager

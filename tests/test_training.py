@@ -62,6 +62,24 @@ def test_threads_give_the_gradients_of_one(ids, threads):
         assert parallel.mean_loss([(ids, targets)] * 3) == pytest.approx(loss, rel=1e-12)
 
 
+@pytest.mark.parametrize("ignored", [[0, 1, 2, 3, 9], range(6), range(12), range(17)])
+def test_threads_and_ignored_targets(ids, ignored):
+    model = ml.GPT(tiny_config(), dtype=np.float64)
+    targets = np.roll(ids, -1, axis=1)
+    targets.flat[list(ignored)] = -100
+    loss, dlogits = ml.cross_entropy(model(ids), targets)
+    model.backward(dlogits)
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    with DataParallel(model, 3) as parallel:
+        assert parallel.loss_and_gradients(ids, targets) == pytest.approx(loss, rel=1e-12)
+        for name, p in model.named_parameters():
+            np.testing.assert_allclose(p.grad, expected[name], atol=1e-12)
+        assert parallel.mean_loss([(ids, targets)]) == pytest.approx(loss, rel=1e-12)
+        with pytest.raises(ValueError, match="not ignore_index"):
+            parallel.loss_and_gradients(ids, np.full_like(targets, -100))
+
+
 def test_threads_are_reproducible(ids):
     def run():
         model = ml.replace_linear_with_lora(ml.GPT(tiny_config(dropout=0.1)), 2, 4, rng=0)
