@@ -12,6 +12,7 @@ def linear_flops(in_features: int, out_features: int, rows: int, rank: int | Non
     the layer is frozen, so dW falls away, and the two thin factors come on top, three products
     each: a row costs 2 * (2 * in * out + 3 * rank * (in + out)). For a square layer of width d
     the ratio is 2/3 + 2r/d: below one third saved, and at d < 6r more than full fine-tuning.
+    That is the plain form; where `LinearWithLoRA` folds A B into W first, it does fewer.
     """
     product = 2 * rows * in_features * out_features
     if rank is None:

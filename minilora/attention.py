@@ -71,7 +71,10 @@ class CausalSelfAttention(Module):
         return dx if input_grad else None
 
     def attention_weights(self, x: np.ndarray) -> np.ndarray:
-        """Who looks at whom, for looking at: x (B, T, C) -> weights (B, H, T, T), rows sum to 1."""
+        """Return the attention weights, to look at: x (B, T, C) -> (B, H, T, T), rows sum to 1.
+
+        Takes the place of what q_proj and k_proj kept for a backward.
+        """
         q = self.split_heads(self.q_proj(x))
         k = self.split_heads(self.k_proj(x))
         return attention_weights(q, k)

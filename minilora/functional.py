@@ -102,20 +102,20 @@ def gelu_with_derivative(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     x2d = rows(x) if x.ndim else x.reshape(1, 1)
     y, derivative = np.empty_like(x2d), np.empty_like(x2d)
-    two, cubic = 2.0 * GELU_SCALE, 2.0 * GELU_SCALE * GELU_CUBIC
+    slope0, cubic = 2.0 * GELU_SCALE, 2.0 * GELU_SCALE * GELU_CUBIC  # 2u = slope0 v + cubic v³
     with np.errstate(over="ignore"):  # exp(-2u) = inf is right: s = 0
         for block in row_blocks(x2d):
             v, out, slope = x2d[block], y[block], derivative[block]
             square = v * v
             s = square * -cubic
-            s -= two
-            s *= v
+            s -= slope0
+            s *= v  # -2u
             np.exp(s, out=s)
             s += 1.0
-            np.divide(1.0, s, out=s)
+            np.divide(1.0, s, out=s)  # the logistic function of 2u
             np.multiply(v, s, out=out)
             square *= 3.0 * cubic
-            square += two
+            square += slope0  # 2u'
             square *= out
             np.subtract(1.0, s, out=slope)
             slope *= square
@@ -148,10 +148,11 @@ def layer_norm(
     """Normalise the last axis: y = xhat * weight + bias, xhat = (x - mean) / sqrt(var + eps).
 
     x (..., C), weight (C,), bias (C,) -> y (..., C) and the cache (xhat (N, C), rstd (N, 1)).
+    Below, `x @ mean_of` is the mean of each row and vecdot(x, x) / C that of its squares.
     """
     x2d = rows(x)
     n, c = x2d.shape
-    mean_of = np.full((c, 1), 1.0 / c, dtype=x.dtype)  # x @ mean_of: the mean, by a fast product
+    mean_of = np.full((c, 1), 1.0 / c, dtype=x.dtype)
     y, xhat = np.empty_like(x2d), np.empty_like(x2d)
     rstd = np.empty((n, 1), dtype=x.dtype)
     for block in row_blocks(x2d):
@@ -214,7 +215,7 @@ def cross_entropy(
     kept = np.flatnonzero(flat != ignore_index)
     if not len(kept):
         raise ValueError(f"cross_entropy needs a target that is not ignore_index ({ignore_index})")
-    index = kept, flat[kept]
+    index = kept, flat[kept]  # of the entry of the right token in each row
     z = rows(logits)
     p = z - z.max(axis=-1, keepdims=True)  # softmax, with log p kept apart: p may underflow to 0
     log_p = p[index]

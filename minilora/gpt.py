@@ -1,7 +1,9 @@
-"""A GPT: the GPT-2 architecture exactly, at any size.
+"""A GPT: the architecture of GPT-2, at any size.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3:
 pre-layer-norm blocks, learned positions, tanh-GELU, an MLP four times as wide as the model.
+Given its weights it computes what GPT-2 does. Dropout, off by default, is on the embeddings and
+on the output of each sub-layer, and not on the attention weights.
 """
 
 from __future__ import annotations
@@ -249,7 +251,10 @@ def sample_tokens(
 def _sample(
     logits: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draw a token a row, (B, V) -> (B, 1): argmax(logits / temperature + Gumbel noise)."""
+    """Draw a token for each row from softmax(logits / temperature): (B, V) -> (B, 1).
+
+    Adding Gumbel noise to the logits and taking the largest draws exactly from the soft-max.
+    """
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
         logits = np.where(logits < smallest, -np.inf, logits)

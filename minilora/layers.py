@@ -1,6 +1,6 @@
 """The layers of a transformer: each forward with its backward right below it.
 
-The lines of a backward mirror those of its forward in reverse order.
+A backward goes through the steps of its forward in reverse order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def kaiming_uniform(shape: tuple[int, ...], fan_in: int, rng: Rng, dtype: Any) -
     """Draw uniformly from ±1/sqrt(fan_in).
 
     This is Kaiming's bound sqrt(6 / ((1 + a²) fan_in)) with the a = sqrt(5) that PyTorch's
-    `Linear` and LoRA's A use. He et al. 2015, "Delving Deep into Rectifiers", equation 14.
+    `Linear` and LoRA's A use. He et al. 2015, "Delving Deep into Rectifiers", equation 15.
     """
     bound = fan_in**-0.5
     uniform = make_rng(rng).random(shape, dtype=float_dtype(dtype))
@@ -225,7 +225,7 @@ class Dropout(Module):
         return x * mask
 
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
-        """dx = dout * mask / (1 - p)."""
+        """dx = dout * mask / (1 - p); the mask that is kept has the division in it."""
         (mask,) = self._take()
         if not input_grad:
             return None

@@ -9,8 +9,8 @@ A linear layer y = x W + b is frozen, and a product of two thin matrices is lear
                 dx = dout Wᵀ + scale * (dout Bᵀ) Aᵀ  (.., in)
 
 They follow from the full gradient dW = xᵀ dout by the chain rule through W + scale * A B:
-dA = scale * dW Bᵀ and dB = scale * Aᵀ dW. In the order above, dW itself, as large as W, is
-never formed.
+dA = scale * dW Bᵀ and dB = scale * Aᵀ dW. In the order above, dW, as large as W, is never
+formed, and no optimizer keeps two moments of that size for it.
 
 B starts at zero, so the adapted model starts out equal to the base; A starts random, so
 that dB is not zero and learning can begin. (dA is zero at the first step, since B is.)
@@ -75,28 +75,27 @@ class LoRALayer(Module):
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (..., in_dim) -> scale * x A B (..., out_dim)."""
         x = check_width(self, x, self.A.shape[0], self.A.data.dtype)
-        self._save(x)
-        y = matmul(matmul(x, self.A.data), self.B.data)
+        xa = matmul(x, self.A.data)
+        self._save(x, xa)
+        y = matmul(xa, self.B.data)
         y *= self.scale
         return y
 
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
         """dA = scale * xᵀ (dout Bᵀ),  dB = scale * (x A)ᵀ dout,  dx = scale * (dout Bᵀ) Aᵀ."""
-        (x,) = self._take()
+        x, xa = self._take()
         dout = check_width(self, dout, self.B.shape[1], self.A.data.dtype)
-        dxa = self.accumulate_gradients(x, dout)
+        dxa = self.accumulate_gradients(x, xa, dout)
         return matmul(dxa, self.A.data.T) if input_grad else None
 
-    def accumulate_gradients(self, x: np.ndarray, dout: np.ndarray) -> np.ndarray:
-        """Add dA and dB to the gradients; return d(x A) = scale * dout Bᵀ, (..., rank)."""
+    def accumulate_gradients(self, x: np.ndarray, xa: np.ndarray, dout: np.ndarray) -> np.ndarray:
+        """Add dA and dB to the gradients, from x and x A; return scale * dout Bᵀ (..., rank)."""
         dxa = matmul(dout, self.B.data.T)
         dxa *= self.scale
         if self.A.requires_grad:
             self.A.accumulate(weight_grad(x, dxa))
         if self.B.requires_grad:
-            xa = matmul(x, self.A.data)
-            xa *= self.scale
-            self.B.accumulate(weight_grad(xa, dout))
+            self.B.accumulate(self.scale * weight_grad(xa, dout))
         return dxa
 
     def delta_weight(self) -> np.ndarray:
@@ -128,19 +127,18 @@ class LinearWithLoRA(Module):
         rng = make_rng(rng)
         sizes = linear.in_features, linear.out_features
         lora = LoRALayer(*sizes, rank, alpha, scaling, init, linear.weight.data.dtype, rng)
-        self.dropout = Dropout(dropout, rng)
-        self.linear = linear.freeze()
-        self.lora = lora
+        drop = Dropout(dropout, rng)
+        self.linear = linear.freeze()  # only now that nothing can fail any more
+        self.dropout, self.lora = drop, lora
         self._unmerged_weight: np.ndarray | None = None
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (..., in_features) -> y (..., out_features)."""
-        if self.merged:
-            self._save(None, None)
-            return self.linear(x)
-        if self._folding_pays(x):
+        if not self.merged and self._folding_pays(x):
             return self._forward_folded(x)
         self._save(None, None)
+        if self.merged:
+            return self.linear(x)
         return self.linear(x) + self.lora(self.dropout(x))
 
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
@@ -156,8 +154,33 @@ class LinearWithLoRA(Module):
         dx_lora = self.dropout.backward(self.lora.backward(dout, input_grad), input_grad)
         return dx_linear + dx_lora if input_grad else None
 
-    # The same function in one large product, x (W + scale * A B): forming the sum costs
-    # in * out a step, and saves two thin products and a sum over all N rows, each way.
+    @property
+    def merged(self) -> bool:
+        """Whether the weight of `linear` holds W + scale * A B just now."""
+        return self._unmerged_weight is not None
+
+    def merge(self) -> None:
+        """Add scale * A B into the weight. RuntimeError where that was done already."""
+        if self.merged:
+            raise RuntimeError(f"{self._title()} is merged already; merging twice would add twice")
+        self._unmerged_weight = self.linear.weight.data
+        self.linear.weight.data = self._unmerged_weight + self.lora.delta_weight()
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit. RuntimeError where nothing is merged."""
+        if not self.merged:
+            raise RuntimeError(f"{self._title()} is not merged, there is nothing to undo")
+        self.linear.weight.data, self._unmerged_weight = self._unmerged_weight, None
+
+    def extra_repr(self) -> str:
+        return "merged" if self.merged else ""
+
+    # An optimisation, to be skipped on first reading. When the input has many rows, it is
+    # cheaper to form W' = W + scale * A B once a step and do one product with it, x W'. That
+    # costs in * out * r multiply-adds and the memory of a second W until backward is done; it
+    # saves N * r * (in + out), the products (x A) B and (dout Bᵀ) Aᵀ over all N rows, and two
+    # sums as large as the activations. So it pays where in * out < N (in + out), and we ask
+    # for half of that, so that it clearly does. (One seventh of a step at d_model 64 and 128.)
     def _folding_pays(self, x: np.ndarray) -> bool:
         n_in, n_out = self.linear.weight.shape
         n_rows = np.size(x) // n_in
@@ -181,29 +204,8 @@ class LinearWithLoRA(Module):
         self, x: np.ndarray, weight: np.ndarray, dout: np.ndarray, input_grad: bool
     ) -> np.ndarray | None:
         dout = check_width(self, dout, self.linear.out_features, weight.dtype)
-        self.lora.accumulate_gradients(x, dout)
+        self.lora.accumulate_gradients(x, matmul(x, self.lora.A.data), dout)
         return matmul(dout, weight.T) if input_grad else None
-
-    @property
-    def merged(self) -> bool:
-        """Whether the weight of `linear` holds W + scale * A B just now."""
-        return self._unmerged_weight is not None
-
-    def merge(self) -> None:
-        """Add scale * A B into the weight. RuntimeError where that was done already."""
-        if self.merged:
-            raise RuntimeError(f"{self._title()} is merged already; merging twice would add twice")
-        self._unmerged_weight = self.linear.weight.data
-        self.linear.weight.data = self._unmerged_weight + self.lora.delta_weight()
-
-    def unmerge(self) -> None:
-        """Put the original weight back, bit for bit. RuntimeError where nothing is merged."""
-        if not self.merged:
-            raise RuntimeError(f"{self._title()} is not merged, there is nothing to undo")
-        self.linear.weight.data, self._unmerged_weight = self._unmerged_weight, None
-
-    def extra_repr(self) -> str:
-        return "merged" if self.merged else ""
 
 
 def replace_linear_with_lora(
@@ -267,15 +269,16 @@ def lora_layers(model: Module) -> Iterator[tuple[str, LinearWithLoRA]]:
 def find_targets(model: Module, target_modules: str | list[str] | None = None) -> dict[str, Linear]:
     """Return {dotted name: Linear} for the plain Linears that the names or globs fit.
 
-    Raises ValueError where one fits no Linear, plain or wrapped: it lists those there are.
+    Raises ValueError where one fits no Linear, plain or wrapped: it lists those there are; and
+    TypeError where the model itself is a bare Linear.
     """
     if isinstance(model, Linear):
         raise TypeError("a bare Linear cannot be replaced in place: use LinearWithLoRA")
     wrapped = {path for path, _ in lora_layers(model)}
-    known = {  # plain Linears and LoRA layers, but not the Linear inside a LoRA layer
+    inner = {id(layer.linear) for _, layer in lora_layers(model)}  # these are not targets
+    known = {
         path: module for path, module in model.named_modules()
-        if isinstance(module, LinearWithLoRA)
-        or isinstance(module, Linear) and path.removesuffix("linear").rstrip(".") not in wrapped
+        if isinstance(module, (Linear, LinearWithLoRA)) and id(module) not in inner
     }
     if not known:
         raise ValueError(f"{type(model).__name__} has no Linear layer to adapt")

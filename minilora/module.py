@@ -89,7 +89,7 @@ class Keys(NamedTuple):
 
 
 class _Sealed(type):
-    """Close a module to new attributes once its whole constructor has run."""
+    """Close a module to new attributes once its constructor has run. (Skip on first reading.)"""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         module = super().__call__(*args, **kwargs)
@@ -253,7 +253,7 @@ class Module(metaclass=_Sealed):
             parameters[name].data[...] = array
         return keys
 
-    # Attributes.
+    # Assigning to attributes. (Skip on first reading.)
     def __setattr__(self, name: str, value: Any) -> None:
         old = getattr(self, name, None)
         if self._sealed and old is None and not hasattr(self, name):
@@ -282,7 +282,8 @@ class Module(metaclass=_Sealed):
         lines = [f"({name}): {child!r}" for name, child in self.named_children()]
         if not lines:
             return self._title()
-        lines = [self.extra_repr()] * bool(self.extra_repr()) + lines
+        if self.extra_repr():
+            lines.insert(0, self.extra_repr())
         body = "\n".join(lines).replace("\n", "\n  ")
         return f"{type(self).__name__}(\n  {body}\n)"
 

@@ -109,7 +109,7 @@ class SGD(Optimizer):
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay. Loshchilov & Hutter 2017, algorithm 2.
+    """Adam with decoupled weight decay. Loshchilov & Hutter 2017, algorithm 2, as in PyTorch.
 
     w = w - lr weight_decay w
     m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g²
@@ -130,7 +130,7 @@ class AdamW(Optimizer):
     def update(self, p: Parameter, group: dict[str, Any]) -> None:
         (b1, b2), lr = group["betas"], group["lr"]
         t = self.steps[id(p)] = self.steps.get(id(p), 0) + 1
-        # (1 - b2^t) comes out of the root, so that nothing is divided by it entry by entry
+        # Numerator and denominator are both multiplied by sqrt(1 - b2^t): one pass less.
         root = math.sqrt(1.0 - b2**t)
         eps, step_size = group["eps"] * root, lr * root / (1.0 - b1**t)
         decay = 1.0 - lr * group["weight_decay"]
@@ -149,8 +149,9 @@ class AdamW(Optimizer):
 
 
 def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
-    """Scale all gradients so that their global L2 norm is at most `max_norm`; return the norm.
+    """Scale all gradients so that their global L2 norm is at most `max_norm`.
 
+    Returns the norm before that.
     Pascanu, Mikolov & Bengio 2013, algorithm 1. A norm that is not finite leaves them alone.
     Raises ValueError unless max_norm is above 0.
     """

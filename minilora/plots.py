@@ -12,13 +12,20 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    LogLocator,
+    NullLocator,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 from minilora.checkpoint import write_atomically
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":")
+STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (1, 3)))
 MARKERS = "osD^vP*"
 GREY = "#666666"
 
@@ -149,7 +156,7 @@ def learning_rate_curves(
 ) -> Figure:
     """Final loss against learning rate, a U for each method; the best point is marked.
 
-    A run that ended far above `before`, or diverged (nan), is a cross at the top.
+    A run that ended far above `before`, or diverged (nan), is a cross at the top with its loss.
     """
     figure, ax = new_figure()
     lowest = min(np.nanmin(list(curve.values())) for curve in curves.values())
@@ -159,21 +166,24 @@ def learning_rate_curves(
             transform=ax.get_yaxis_transform())
     for i, (name, curve) in enumerate(curves.items()):
         rates, losses = np.array(list(curve)), np.array(list(curve.values()))
-        losses = np.where(losses < ceiling, losses, np.nan)
         colour = COLOURS[i % len(COLOURS)]
-        ax.plot(rates, losses, STYLES[i % len(STYLES)], marker=MARKERS[i % len(MARKERS)],
-                color=colour, label=name)
+        top = ax.get_xaxis_transform()
+        for rate, loss in zip(rates, losses, strict=True):
+            if not loss < ceiling:
+                ax.plot([rate], [0.97], "x", color=colour, transform=top)
+                ax.annotate(f"{loss:.2f}", (rate, 0.97), xycoords=top, xytext=(0, -14),
+                            textcoords="offset points", ha="center", color=colour, fontsize=9)
+        losses = np.where(losses < ceiling, losses, np.nan)
+        ax.plot(rates, losses, linestyle=STYLES[i % len(STYLES)],
+                marker=MARKERS[i % len(MARKERS)], color=colour, label=name)
         if np.isfinite(losses).any():
             best = int(np.nanargmin(losses))
             ax.annotate(f"{rates[best]:g}", (rates[best], losses[best]), xytext=(0, -16),
                         textcoords="offset points", ha="center", color=colour, fontsize=9)
-        for rate in rates[np.isnan(losses)]:
-            ax.plot([rate], [1.0], "x", color=colour, transform=ax.get_xaxis_transform(),
-                    clip_on=False)
     ax.set_xscale("log")
     ax.set_ylim(lowest - 0.2 * (before - lowest), ceiling)
     ax.set(xlabel="peak learning rate (log scale)", ylabel=ylabel)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.0, 0.8))
     return figure
 
 
@@ -185,8 +195,8 @@ def lines(
     figure, ax = new_figure()
     for i, (name, (x, y)) in enumerate(curves.items()):
         few = len(x) <= 12
-        ax.plot(x, y, STYLES[i % len(STYLES)], color=COLOURS[i % len(COLOURS)], label=name,
-                marker=MARKERS[i % len(MARKERS)] if few else None, markersize=5)
+        ax.plot(x, y, linestyle=STYLES[i % len(STYLES)], color=COLOURS[i % len(COLOURS)],
+                label=name, marker=MARKERS[i % len(MARKERS)] if few else None, markersize=5)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale=xscale, yscale=yscale)
     points = next(iter(curves.values()))[0]
     for axis, scale in ((ax.xaxis, xscale), (ax.yaxis, yscale)):
@@ -220,19 +230,23 @@ def matrices(arrays: dict[str, np.ndarray], shared_scale: bool = True) -> Figure
     return figure
 
 
-def attention_pattern(weights: np.ndarray, text: str) -> Figure:
-    """Attention weights (H, T, T) of every head; row: the character that looks, column: at what."""
+def attention_pattern(weights: np.ndarray, text: str, title: str = "") -> Figure:
+    """Attention weights (H, T, T) of every head; row: the character that looks, column: at what.
+
+    The colours follow the square root of the weight, so that small ones can be seen.
+    """
     n_rows = -(-len(weights) // 2)
     figure = Figure(figsize=(9.0, 4.0 * n_rows), layout="constrained", dpi=100)
     axes = figure.subplots(n_rows, min(2, len(weights)), squeeze=False).ravel()
     labels = [repr(c)[1:-1] if c != " " else "\u2423" for c in text]
     for i, (ax, head) in enumerate(zip(axes, weights, strict=True)):
-        image = ax.imshow(head, cmap="cividis", vmin=0.0, vmax=1.0)
+        image = ax.imshow(head, cmap="cividis", norm=PowerNorm(0.5, 0.0, 1.0))
         ax.set_title(f"head {i}")
         ax.set_xticks(range(len(text)), labels, fontsize=7)
         ax.set_yticks(range(len(text)), labels, fontsize=7)
         ax.set(xlabel="looks at", ylabel="looks from")
     figure.colorbar(image, ax=list(axes), shrink=0.8, label="weight")
+    figure.suptitle(title)
     return figure
 
 
@@ -246,6 +260,8 @@ def bars(
     annotate_bars(ax, list(values.values()), form)
     if baseline is not None:
         ax.axhline(baseline, color=GREY, linestyle=":")
+    if "%" in form:
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.grid(False, axis="x")
     ax.set(ylabel=ylabel, title=title)
     ax.margins(y=0.15)

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 import textwrap
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,7 +25,7 @@ CODE_MODULES = (
     "json.decoder", "json.encoder", "random", "shutil", "statistics", "string", "textwrap",
 )
 HELD_OUT_SHARE = 0.1
-HELD_OUT_CHUNK = 8_192  # characters: held-out text comes in pieces from all over the corpus
+PARAGRAPHS_A_SECTION = 7  # on average
 
 
 class CharTokenizer:
@@ -116,21 +117,29 @@ def docstrings(module: str) -> str:
     return "\n\n".join(texts)
 
 
-def split(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cut ids (T,) into a training part and a held-out part of about a tenth.
+def split(text: str) -> tuple[str, str]:
+    """Cut a text into a training part and a held-out part of about a tenth.
 
-    Every tenth piece of 8,192 tokens is held out, so that both parts cover all subjects.
+    Sections of some paragraphs go to one part or the other by a checksum of their first
+    paragraph, and begin where such a checksum says so. So a paragraph stays in its part when
+    a Python release changes the text elsewhere, and what the shipped models have read in
+    training is not held out by another release.
     """
-    every = round(1 / HELD_OUT_SHARE)
-    pieces = [ids[i : i + HELD_OUT_CHUNK] for i in range(0, len(ids), HELD_OUT_CHUNK)]
-    held_out = [piece for i, piece in enumerate(pieces) if i % every == every - 1]
-    training = [piece for i, piece in enumerate(pieces) if i % every != every - 1]
-    return np.concatenate(training), np.concatenate(held_out or pieces[-1:])
+    parts: tuple[list[str], list[str]] = [], []
+    part = parts[0]
+    for paragraph in text.split("\n\n"):
+        mark = zlib.crc32(paragraph.encode())
+        if mark % PARAGRAPHS_A_SECTION == 0:
+            part = parts[mark // PARAGRAPHS_A_SECTION % round(1 / HELD_OUT_SHARE) == 0]
+        part.append(paragraph)
+    return "\n\n".join(parts[0]), "\n\n".join(parts[1])
 
 
 def load_tokens(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the corpus "docs" or "code" as (training ids, held-out ids), each (T,)."""
-    return split(CharTokenizer().encode(corpus(name)))
+    training, held_out = split(corpus(name))
+    tokenizer = CharTokenizer()
+    return tokenizer.encode(training), tokenizer.encode(held_out)
 
 
 Batch = tuple[np.ndarray, np.ndarray]

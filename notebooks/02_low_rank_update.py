@@ -39,11 +39,11 @@ rng = np.random.default_rng(0)
 # %% [markdown]
 # ## Rank, with pictures
 #
-# A matrix of rank 1 is one column times one row: every row is a multiple of every other. A matrix
+# A matrix of rank 1 is one column times one row: every row is a multiple of one row. A matrix
 # of rank $r$ is a sum of $r$ such products. The SVD, $M = \sum_i \sigma_i u_i v_i^\top$ with
 # $\sigma_1 \ge \sigma_2 \ge \dots$, finds the best ones in order: the first $r$ terms are the
-# closest matrix of rank $r$, and what is missing has the size $\sqrt{\sigma_{r+1}^2 + \dots}$
-# (Eckart and Young 1936).
+# closest matrix of rank $r$, and what is missing has the size $\sqrt{\sigma_{r+1}^2 + \dots}$ in
+# the Frobenius norm, the root of the sum of squares (Eckart and Young 1936).
 
 # %%
 u, v = np.meshgrid(np.linspace(-1, 1, 64), np.linspace(-1, 1, 64))
@@ -53,7 +53,7 @@ U, sigma, Vt = np.linalg.svd(picture)
 
 
 def best(r):
-    return U[:, :r] * sigma[:r] @ Vt[:r]
+    return (U[:, :r] * sigma[:r]) @ Vt[:r]
 
 
 plots.matrices({"original, 4096 numbers": picture}
@@ -90,33 +90,36 @@ print(f"loss on held-out code: {history.validation_losses[0]:.3f} -> "
 
 names = ["h.0.attn.q_proj", "h.0.attn.v_proj", "h.1.mlp.up_proj", "h.1.mlp.down_proj"]
 old, new = before.state_dict(), full.state_dict()
-noise = np.linalg.svd(rng.standard_normal((64, 64)), compute_uv=False)
+deltas = {name: new[f"{name}.weight"] - old[f"{name}.weight"] for name in names}
+deltas |= {f"noise {shape}": rng.standard_normal(shape) for shape in ((64, 64), (64, 256))}
 curves = {}
-for name in names:
-    delta = new[f"{name}.weight"] - old[f"{name}.weight"]
+for name, delta in deltas.items():
     s = np.linalg.svd(delta, compute_uv=False)
-    energy = np.cumsum(s**2) / (s**2).sum()
-    curves[name] = np.arange(1, len(s) + 1), energy
-    print(f"{name:18} energy in the first 8 of {len(s)} directions: {energy[7]:.0%}")
-curves["random matrix"] = np.arange(1, 65), np.cumsum(noise**2) / (noise**2).sum()
+    share = np.cumsum(s**2) / (s**2).sum()
+    curves[name] = np.arange(1, len(s) + 1), share
+    print(f"{name:18} first 8 of {len(s)} directions hold {share[7]:.0%} of the squared norm")
+assert min(curves[name][1][7] for name in names[:2]) > curves["noise (64, 64)"][1][7]
+assert min(curves[name][1][7] for name in names[2:]) > curves["noise (64, 256)"][1][7]
 plots.lines(curves, "rank kept", "share of the squared norm of ΔW")
 
 # %% [markdown]
-# A tall start, then a long tail: clearly more concentrated than noise, but *not* of low rank in
-# the strict sense. LoRA does not need it to be. The question is not how well a low-rank matrix
-# copies this $\Delta W$, but whether there is *some* low-rank update that does the job nearly as
-# well; notebook 4 measures that. As a first hint, keep only the best rank-$r$ part of every
-# update of full fine-tuning, and see how much of its gain survives:
+# The curves rise steeply at first, then slowly: each is more concentrated than noise of its shape
+# (the matrices of the MLP are 64 by 256), but *not* of low rank in the strict sense. LoRA does not
+# need it to be. The question is not how well a low-rank matrix copies this $\Delta W$, but whether
+# there is *some* low-rank update that does the job nearly as well; notebook 4 measures that. As a
+# first hint, keep only the best rank-$r$ part of the update of every projection matrix, and see
+# how much of the gain survives. (Embeddings, biases and layer norms keep all of their update. What
+# that alone is worth is the bar at rank 0.)
 
 # %%
 gain = history.validation_losses[0] - history.validation_losses[-1]
 survives = {}
-for r in (1, 4, 16, 64):
+for r in (0, 1, 4, 16, 64):
     state = dict(new)
     for name, array in new.items():
         if name.endswith("proj.weight"):
             U, s, Vt = np.linalg.svd(array - old[name], full_matrices=False)
-            state[name] = old[name] + U[:, :r] * s[:r] @ Vt[:r]
+            state[name] = old[name] + (U[:, :r] * s[:r]) @ Vt[:r]
     cut = ml.load_base("small")
     cut.load_state_dict(state)
     loss = ml.evaluate(cut, data.code_held_out, THREADS)
@@ -127,8 +130,8 @@ plots.bars(survives, "share of the gain kept", form="{:.0%}", baseline=1.0)
 # %% [markdown]
 # ## Why B = 0 and A is not
 #
-# With $y = xW + s\,xAB$ the gradients (derived below) are $dA = s\,x^\top (D B^\top)$ and $dB =
-# s\,(xA)^\top D$. Look at the factor inside: $dA$ contains $B$, and $dB$ contains $A$.
+# With $y = xW + s\,xAB$ the gradients (derived below) are $dA = s\,x^\top (G B^\top)$ and $dB =
+# s\,(xA)^\top G$. Look at the factor inside: $dA$ contains $B$, and $dB$ contains $A$.
 #
 # - *Both zero*: both gradients are zero. Nothing ever moves.
 # - *Both random*: the model starts from $W + s\,AB$, which is not the base any more.
@@ -170,7 +173,7 @@ plots.lines(curves, "step", "loss on held-out code (nats per character)")
 
 # %% [markdown]
 # The flat line is the stuck one. The perturbed start has to repair first what it broke. (Which
-# factor is the zero one is a convention: $A = 0$ and $B$ random also starts at the base.)
+# factor is the zero one is a choice: $A = 0$ and $B$ random also starts at the base.)
 #
 # ## What alpha is
 #
@@ -185,7 +188,7 @@ plots.lines(curves, "step", "loss on held-out code (nats per character)")
 # $\alpha$ works like a learning rate for the branch. Dividing by $r$ is meant to let you change
 # $r$ without tuning everything again: $AB$ is a sum of $r$ products, so more rank means more of
 # them. How well does each keep that promise? Same $\alpha$, same learning rate, growing rank;
-# we look at how far the model has moved after the same 30 steps.
+# we look at how far one of the matrices has moved after the same 30 steps, and at the loss.
 
 # %%
 ranks = (1, 4, 16, 64)
@@ -207,10 +210,15 @@ plots.lines(moved, "rank r", "size of the update, |s AB|", xscale="log", yscale=
 # %% [markdown]
 # The three lines meet at $r = 1$, where they are the same thing, and fan out from there. With
 # $s = \alpha$ the update grows with the rank, with $\alpha/r$ it shrinks, and $\alpha/\sqrt{r}$ is
-# the flattest of the three. That is the argument of the rsLoRA paper, and the reason why people
-# who use $\alpha / r$ often raise $\alpha$ with the rank ($\alpha = 2r$ keeps $s = 2$).
+# the flattest of the three: that is the argument of the rsLoRA paper. The losses say what it means.
+# With $\alpha/r$ they hardly change, which is handy for tuning, but a higher rank is not put to use
+# in so few steps. With $\alpha/\sqrt{r}$ they improve with the rank.
 #
-# ## A second convention that nobody mentions: the size of A
+# A common habit is to raise $\alpha$ with the rank, $\alpha = 2r$ under $\alpha/r$. That makes $s =
+# 2$ for every rank, so it *is* the first convention, with another constant. `minilora compare` does
+# so; at its small ranks it works well.
+#
+# ## A second convention, rarely mentioned: the size of A
 #
 # $A$ is drawn from Kaiming's uniform distribution, in $\pm 1/\sqrt{\text{fan in}}$. The fan-in of
 # $A$ is the width of the input, and `loralib` and PEFT see it so. Code that hands an $(n, r)$
@@ -225,34 +233,33 @@ print(f"spread of A: {usual.A.data.std():.4f} and {tutorial.A.data.std():.4f}, "
 assert np.isclose(ratio, np.sqrt(768 / 16), rtol=1e-3)
 
 # %% [markdown]
-# Whoever copies a learning rate from one code base to the other is off by that factor.
+# So whoever copies $\alpha$ or a learning rate from one code base to the other gets another run.
 #
 # ## The gradients, derived from dW
 #
 # The weight that the input sees is $W' = W + s\,AB$, and notebook 1 gave its gradient: $dW =
-# x^\top D$. Now the chain rule, one step further. $W'_{kj} = W_{kj} + s \sum_q A_{kq} B_{qj}$, so
+# x^\top G$. Now the chain rule, one step further. $W'_{kj} = W_{kj} + s \sum_q A_{kq} B_{qj}$, so
 #
 # $$ dA_{kq} = \sum_j dW_{kj}\, s B_{qj} \;\Rightarrow\; dA = s\, dW B^\top \qquad
 #    dB_{qj} = \sum_k s A_{kq}\, dW_{kj} \;\Rightarrow\; dB = s\, A^\top dW $$
 #
-# Computed like this, $dW$ would have to be formed, as large as $W$ itself. Put $dW = x^\top D$ in
-# and move the brackets, and it never is: $dA = s\, x^\top (D B^\top)$, $dB = s\, (xA)^\top D$.
+# Computed like this, $dW$ would have to be formed, as large as $W$ itself. Put $dW = x^\top G$ in
+# and move the brackets, and it never is: $dA = s\, x^\top (G B^\top)$, $dB = s\, (xA)^\top G$.
 # Every intermediate result has $r$ columns. That is the whole trick in `minilora/lora.py`.
 
 # %%
 linear = ml.Linear(6, 5, rng=0, dtype=np.float64)
-x, D = rng.standard_normal((40, 6)), rng.standard_normal((40, 5))
+x, dout = rng.standard_normal((40, 6)), rng.standard_normal((40, 5))
 linear(x)
-linear.backward(D)
+linear.backward(dout)
 dW = linear.weight.grad.copy()  # of full fine-tuning
 
 layer = ml.LinearWithLoRA(linear, rank=2, alpha=6, rng=0)
 A, B, s = layer.lora.A, layer.lora.B, layer.lora.scale
 B.data[...] = rng.standard_normal(B.shape)  # at B = 0 a wrong dA could not be told from a right one
-B_start = layer.lora.delta_weight()
-linear.weight.data -= B_start  # so that W' is the W of above, and dW the same
+linear.weight.data -= layer.lora.delta_weight()  # so that W' is the W above, and dW the same
 layer(x)
-layer.backward(D)
+layer.backward(dout)
 print("dA = s dW B^T:", np.allclose(A.grad, s * dW @ B.data.T))
 print("dB = s A^T dW:", np.allclose(B.grad, s * A.data.T @ dW))
 assert np.allclose(A.grad, s * dW @ B.data.T) and np.allclose(B.grad, s * A.data.T @ dW)

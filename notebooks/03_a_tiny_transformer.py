@@ -22,7 +22,16 @@
 # - check the gradient of the whole thing,
 # - let it write, and see what temperature does.
 #
-# You need: notebook 1, and a rough idea of what a transformer is.
+# You need: notebook 1. The words, in short:
+#
+# - An *embedding* is a table with one row of numbers for each token; *logits* are the scores a
+#   model gives to every possible next token, and soft-max turns them into probabilities.
+# - *Attention* lets a position collect something from earlier ones. Each position asks with a
+#   *query*, answers with a *key*, and hands over a *value*: what it gets is a mean of the values,
+#   weighted by how well the keys fit its query. Several *heads* do so side by side.
+# - An *MLP* is two linear layers with a nonlinear function (GELU) between them.
+# - A *layer norm* shifts and scales the numbers of each position to mean 0 and variance 1.
+# - *Residual*: the result of a part is added to its input, instead of taking its place.
 
 # %%
 # %matplotlib inline
@@ -77,7 +86,8 @@ assert sum(counts.values()) == model.num_parameters()
 # %% [markdown]
 # ## One sentence, step by step
 #
-# Letters: $B$ batch, $T$ time (positions), $C$ channels, $H$ heads, $D = C/H$, $V$ vocabulary.
+# Letters: $B$ batch, $T$ time (positions), $C$ channels, $H$ heads, $D = C/H$ the width of a head,
+# $V$ vocabulary.
 # These are the lines of `GPT.forward`, `Block.forward` and `CausalSelfAttention.forward`, written
 # out for the first block.
 
@@ -134,10 +144,11 @@ for other in list(model.h)[:layer]:
     stream = other(stream)
 pattern = model.h[layer].attn.attention_weights(model.h[layer].ln_1(stream))[0]
 assert np.allclose(pattern.sum(-1), 1, atol=1e-5) and not np.triu(pattern, k=1).any()
-plots.attention_pattern(pattern, text)
+plots.attention_pattern(pattern, text, f"block {layer}")
 
 # %% [markdown]
-# Each head has a habit of its own. Say how far back they look on average over some real text:
+# Here is how far back the heads look on average, over some real text. (Only positions from 64 on
+# are counted; spread evenly over all they may see, it would be 48 characters.)
 
 # %%
 _, held_out = load_tokens("docs")
@@ -153,26 +164,42 @@ for i, block in enumerate(model.h):
     stream = block(stream)
 
 # %% [markdown]
+# The heads of the first block stay within a few characters, enough to spell; those above look
+# further.
+#
 # ## The gradient of all of it
 #
 # Every backward in this library is written by hand. The check of notebook 1, on a whole (smaller)
 # GPT in float64: of each array some entries, drawn at random.
 
 # %%
-tiny = ml.GPT(ml.GPTConfig(vocab_size=11, context_length=6, d_model=8, n_layers=1, n_heads=2),
-              dtype=np.float64, rng=0)
-report = ml.gradcheck(tiny, np.random.default_rng(0).integers(0, 11, (2, 6)), max_entries=30)
+config = ml.GPTConfig(vocab_size=11, context_length=6, d_model=8, n_layers=1, n_heads=2,
+                      tie_weights=True)
+tiny = ml.GPT(config, dtype=np.float64, rng=0)
+tiny_ids = np.random.default_rng(0).integers(0, 11, (2, 6))
+report = ml.gradcheck(tiny, tiny_ids, max_entries=30)
 print(report)
 assert report.passed
 
 # %% [markdown]
-# `k_proj.bias` is a curiosity: its gradient is zero whatever happens. A bias on the keys adds the
+# One of these gradients is a curiosity:
+
+# %%
+_, dlogits = ml.cross_entropy(tiny(tiny_ids), tiny_ids)
+tiny.backward(dlogits)
+for name in ("q_proj", "k_proj", "v_proj"):
+    gradient = getattr(tiny.h[0].attn, name).bias.grad
+    print(f"largest gradient of {name}.bias: {np.abs(gradient).max():.1e}")
+assert np.abs(tiny.h[0].attn.k_proj.bias.grad).max() < 1e-15
+
+# %% [markdown]
+# That of `k_proj.bias` is zero whatever happens, but for round-off. A bias on the keys adds the
 # same number to all scores of a row, and soft-max does not see a common shift.
 #
 # ## How good is it?
 #
-# The loss is the mean of $-\log p(\text{next character})$, in nats. Knowing nothing costs $\ln 96$;
-# a model that only knows how often each character occurs pays the entropy of that distribution.
+# The loss is the mean of $-\ln p(\text{next character})$, in nats. Knowing nothing costs $\ln 96$;
+# knowing only how often each character occurs in the training text costs less.
 
 # %%
 code = sequential_batches(load_tokens("code")[1], 32, 128, limit=8)
@@ -190,8 +217,9 @@ assert losses["base, on docs"] < 1.4 < losses["base, on code"]
 plots.bars(losses, "nats per character", form="{:.2f}")
 
 # %% [markdown]
-# It reads English documentation well and Python code badly: it has never seen any beyond the
-# examples in the docs. That gap is what fine-tuning will close in notebook 4.
+# A loss of $L$ is like guessing among $e^L$ equally likely characters: three or four on
+# documentation, seven or eight on Python code, of which it has seen nothing but the examples in
+# the docs. That gap is what fine-tuning will close in notebook 4.
 #
 # ## Letting it write
 #
@@ -214,8 +242,10 @@ print(tokenizer.decode(ml.generate(model, tokenizer.encode("def "), 300, 0.7, rn
 # %% [markdown]
 # ## Questions
 #
-# 1. Double the context length: which of the shapes above change, and which parameters?
-# 2. Why is the score divided by $\sqrt{D}$? What would soft-max do without it, for large $D$?
+# 1. Which of the shapes above change if the text is twice as long? Which parameters change if
+#    `context_length` is doubled?
+# 2. Why is the score divided by $\sqrt{D}$? (Hint: what is the variance of a sum of $D$ products of
+#    independent numbers of variance 1? What does soft-max make of very different scores?)
 # 3. The two thirds in the MLP: derive that share from the shapes of the six matrices of a block.
 # 4. With the weights tied, `wte` gets a gradient from two places. Which, and how do they combine?
 # 5. At temperature 0 the text repeats itself. Can a deterministic model with a context of 128

@@ -43,6 +43,10 @@ def test_the_layer_in_the_readme_is_the_layer_of_the_library():
 def test_the_table_is_the_committed_result():
     result = json.loads((ROOT / "figures" / "compare.json").read_text())
     assert compare.table(result) in README
+    assert f"starts at {result['docs_base']:.3f}" in " ".join(README.split())
+    full, rank_8 = compare.rows(result)[0], compare.rows(result)[-1]
+    for number in (rank_8[2], rank_8[3], full[3], rank_8[4], full[4], f"reach {rank_8[8]}"):
+        assert number in README.replace(compare.table(result), ""), number
     assert result["settings"]["steps"] == compare.Settings().steps
     assert result["settings"]["base"] == "base"
 
