@@ -16,6 +16,7 @@ from minilora.functional import (
     layer_norm_backward,
     matmul,
     rows,
+    scatter_sum,
     token_ids,
     weight_grad,
 )
@@ -89,9 +90,10 @@ class Linear(Module):
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (..., in_features) -> y (..., out_features)."""
-        x = check_width(self, x, self.in_features, self.weight.data.dtype)
+        weight = self.weight.data
+        x = check_width(self, x, weight.shape[0], weight.dtype)
         self._save(x if self.weight.requires_grad else None)  # a frozen weight keeps no input
-        y = matmul(x, self.weight.data)
+        y = matmul(x, weight)
         if self.bias is not None:
             y += self.bias.data
         return y
@@ -99,14 +101,15 @@ class Linear(Module):
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
         """dW = xᵀ dout,  db = sum of dout over the rows,  dx = dout Wᵀ."""
         (x,) = self._take()
-        dout = check_width(self, dout, self.out_features, self.weight.data.dtype)
+        weight = self.weight.data
+        dout = check_width(self, dout, weight.shape[1], weight.dtype)
         if self.bias is not None and self.bias.requires_grad:
             self.bias.accumulate(column_sums(dout))
         if self.weight.requires_grad:
             if x is None:
                 raise RuntimeError(f"{self._title()} was frozen in forward and is not in backward")
             self.weight.accumulate(weight_grad(x, dout))
-        return matmul(dout, self.weight.data.T) if input_grad else None
+        return matmul(dout, weight.T) if input_grad else None
 
     def extra_repr(self) -> str:
         bias = "" if self.bias is not None else ", bias=False"
@@ -139,9 +142,8 @@ class Embedding(Module):
         """dW[id] = sum of dout over the places where id stood. Ids have no gradient."""
         (ids,) = self._take()
         if self.weight.requires_grad:
-            grad = np.zeros_like(self.weight.data)
-            np.add.at(grad, ids, dout)
-            self.weight.accumulate(grad)
+            dout = check_width(self, dout, self.weight.shape[1], self.weight.data.dtype)
+            self.weight.accumulate(scatter_sum(ids, dout, self.weight.shape[0]))
 
     def extra_repr(self) -> str:
         return "{}, {}".format(*self.weight.shape)

@@ -77,6 +77,9 @@ class Optimizer:
 
 def blocks(*arrays: np.ndarray) -> Iterator[list[np.ndarray]]:
     """Yield matching pieces of `BLOCK` numbers, so that a chain of operations stays in cache."""
+    if arrays[0].size <= BLOCK:
+        yield list(arrays)
+        return
     flat = [array.reshape(-1) for array in arrays]  # views: parameters are C-contiguous
     for start in range(0, flat[0].size, BLOCK):
         yield [array[start : start + BLOCK] for array in flat]

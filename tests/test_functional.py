@@ -116,6 +116,14 @@ def test_matmul_in_pieces_is_matmul(rng, n_rows, n, m):
     np.testing.assert_allclose(F.matmul(x, w), x @ w, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(0,), (1,), (40,), (5, 8)])
+def test_scatter_sum_is_add_at(rng, shape):
+    ids, values = rng.integers(0, 7, shape), rng.standard_normal((*shape, 3))
+    expected = np.zeros((7, 3))
+    np.add.at(expected, ids, values)
+    np.testing.assert_allclose(F.scatter_sum(ids, values, 7), expected, atol=1e-12)
+
+
 def test_fast_attention_is_the_textbook(rng):
     q, k, v = rng.standard_normal((3, 2, 4, 9, 5))
     weights = F.attention_weights(q, k)
