@@ -47,6 +47,8 @@ class CausalSelfAttention(Module):
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (B, T, C) -> (B, T, C)."""
+        if np.ndim(x) != 3:
+            raise ValueError(f"attention expects input of shape (B, T, C), got {np.shape(x)}")
         q = self.split_heads(self.q_proj(x))
         k = self.split_heads(self.k_proj(x))
         v = self.split_heads(self.v_proj(x))

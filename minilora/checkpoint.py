@@ -44,6 +44,8 @@ def write_atomically(path: str | Path, chunks: bytes | Iterable[Any]) -> None:
     Whatever happens on the way, `path` holds either the old file or the whole new one.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, not a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -189,11 +191,15 @@ def save_checkpoint(model: GPT, path: str | Path, dtype: Any = None) -> None:
     """Write the weights of a GPT, and its configuration as metadata, to one safetensors file.
 
     dtype may be np.float16 to halve the file. Raises ValueError where a model has LoRA layers
-    (they are stored by `save_adapter`) or a number does not fit the dtype.
+    (they are stored by `save_adapter`) or another head than its configuration says, or where a
+    number does not fit the dtype.
     """
     tensors = model.state_dict()
     if any(".lora." in name for name in tensors):
         raise ValueError("the model has LoRA layers: store them with save_adapter, or remove_lora")
+    c, head = model.config, tensors.get("lm_head.weight")
+    if "lm_head.bias" in tensors or head is not None and head.shape != (c.d_model, c.vocab_size):
+        raise ValueError("the head of the model was replaced; a checkpoint is of a whole GPT")
     if dtype is not None:
         with np.errstate(over="ignore"):
             small = {name: array.astype(dtype) for name, array in tensors.items()}

@@ -16,7 +16,7 @@ import numpy as np
 
 from minilora.attention import CausalSelfAttention
 from minilora.functional import matmul, token_ids, weight_grad
-from minilora.layers import GELU, Dropout, Embedding, LayerNorm, Linear, Rng
+from minilora.layers import GELU, Dropout, Embedding, LayerNorm, Linear, Rng, check_dout
 from minilora.module import Module, ModuleList, backward_through, float_dtype, make_rng
 
 GPT2_SIZES = {  # n_layers, d_model, n_heads: Radford et al. 2019, table 2
@@ -44,7 +44,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads"):
             value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or value < 1:
+            if not isinstance(value, (int, np.integer)) or value < 1 or value is True:
                 raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
         if self.d_model % self.n_heads:
             raise ValueError(
@@ -168,22 +168,24 @@ class GPT(Module):
             x = block(x)
         x = self.ln_f(x)
         if self.lm_head is not None:
-            self._save(None)
+            self._save(None, None)
             return self.lm_head(x)
-        self._save(x if self.wte.weight.requires_grad else None)
-        return matmul(x, self.wte.weight.data.T)
+        logits = matmul(x, self.wte.weight.data.T)
+        self._save(x if self.wte.weight.requires_grad else None, logits.shape)
+        return logits
 
     def backward(self, dout: np.ndarray, input_grad: bool = False) -> None:
         """Fill the gradients from dlogits (B, T, vocab_size). Token ids have no gradient.
 
         Stops below the lowest trainable parameter: what lies under it costs nothing.
         """
-        (x,) = self._take()
+        x, shape = self._take()
         trunk = [self.drop, *self.h, self.ln_f]
         embeddings = self.wte.is_trainable() or self.wpe.is_trainable()
         if self.lm_head is not None:
             dx = backward_through([*trunk, self.lm_head], dout, embeddings)
         else:
+            dout = check_dout(self, dout, shape, self.wte.weight.data.dtype)
             if x is not None:
                 self.wte.weight.accumulate(weight_grad(dout, x))
             below = embeddings or any(module.is_trainable() for module in trunk)
@@ -231,10 +233,11 @@ def sample_tokens(
         raise ValueError(f"ids must be (T,) or (B, T) with T at least 1, got {ids.shape}")
     if not temperature >= 0.0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be 1 or more, got {top_k}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    for name, value, least in (("top_k", top_k, 1), ("max_new_tokens", max_new_tokens, 0)):
+        if value is not None and not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be {least} or more, got {value}")
     rng, training, context = make_rng(rng), model.training, np.atleast_2d(ids)
     model.eval()
     try:

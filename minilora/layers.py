@@ -56,6 +56,22 @@ def check_width(module: Module, x: Any, width: int, dtype: np.dtype) -> np.ndarr
     return x
 
 
+def check_dout(module: Module, dout: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return dout as an array of `dtype`; ValueError unless it has the shape of the output."""
+    dout = np.asarray(dout, dtype=dtype)
+    if dout.shape != shape:
+        raise ValueError(f"{module._title()} expects dout of shape {shape}, got {dout.shape}")
+    return dout
+
+
+def check_float(module: Module, x: Any) -> np.ndarray:
+    """Return x as an array; TypeError unless it is floating-point."""
+    x = np.asarray(x)
+    if x.dtype.kind != "f":
+        raise TypeError(f"{module._title()} expects floating-point input, got dtype {x.dtype}")
+    return x
+
+
 class Linear(Module):
     """y = x W + b
 
@@ -92,17 +108,17 @@ class Linear(Module):
         """x (..., in_features) -> y (..., out_features)."""
         weight = self.weight.data
         x = check_width(self, x, weight.shape[0], weight.dtype)
-        self._save(x if self.weight.requires_grad else None)  # a frozen weight keeps no input
         y = matmul(x, weight)
         if self.bias is not None:
             y += self.bias.data
+        self._save(x if self.weight.requires_grad else None, y.shape)  # frozen: no input kept
         return y
 
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
         """dW = xᵀ dout,  db = sum of dout over the rows,  dx = dout Wᵀ."""
-        (x,) = self._take()
+        x, shape = self._take()
         weight = self.weight.data
-        dout = check_width(self, dout, weight.shape[1], weight.dtype)
+        dout = check_dout(self, dout, shape, weight.dtype)
         if self.bias is not None and self.bias.requires_grad:
             self.bias.accumulate(column_sums(dout))
         if self.weight.requires_grad:
@@ -142,7 +158,8 @@ class Embedding(Module):
         """dW[id] = sum of dout over the places where id stood. Ids have no gradient."""
         (ids,) = self._take()
         if self.weight.requires_grad:
-            dout = check_width(self, dout, self.weight.shape[1], self.weight.data.dtype)
+            shape = (*ids.shape, self.weight.shape[1])
+            dout = check_dout(self, dout, shape, self.weight.data.dtype)
             self.weight.accumulate(scatter_sum(ids, dout, self.weight.shape[0]))
 
     def extra_repr(self) -> str:
@@ -170,13 +187,13 @@ class LayerNorm(Module):
         x = check_width(self, x, self.weight.size, self.weight.data.dtype)
         bias = None if self.bias is None else self.bias.data
         y, cache = layer_norm(x, self.weight.data, bias, self.eps)
-        self._save(cache)
+        self._save(cache, y.shape)
         return y
 
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
         """dweight = sum of dout * xhat,  dbias = sum of dout; dx: see `layer_norm_backward`."""
-        (cache,) = self._take()
-        dout = check_width(self, dout, self.weight.size, self.weight.data.dtype)
+        cache, shape = self._take()
+        dout = check_dout(self, dout, shape, self.weight.data.dtype)
         if self.bias is not None and self.bias.requires_grad:
             self.bias.accumulate(column_sums(dout))
         if self.weight.requires_grad:
@@ -193,13 +210,14 @@ class GELU(Module):
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (...) -> y (...)."""
-        y, derivative = gelu_with_derivative(x)
+        y, derivative = gelu_with_derivative(check_float(self, x))
         self._save(derivative)
         return y
 
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
         """dx = dout * gelu'(x)."""
         (derivative,) = self._take()
+        dout = check_dout(self, dout, derivative.shape, derivative.dtype)
         return dout * derivative if input_grad else None
 
 
@@ -218,6 +236,7 @@ class Dropout(Module):
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (...) -> y (...)."""
+        x = check_float(self, x)
         if not self.training or self.p == 0.0:
             self._save(None)
             return x
@@ -231,7 +250,7 @@ class Dropout(Module):
         (mask,) = self._take()
         if not input_grad:
             return None
-        return dout if mask is None else dout * mask
+        return dout if mask is None else check_dout(self, dout, mask.shape, mask.dtype) * mask
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

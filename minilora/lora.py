@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from minilora.functional import matmul, weight_grad
-from minilora.layers import Dropout, Linear, Rng, check_width, kaiming_uniform
+from minilora.layers import Dropout, Linear, Rng, check_dout, check_width, kaiming_uniform
 from minilora.module import Module, Parameter, closest, make_rng
 
 SCALINGS = {
@@ -65,7 +65,8 @@ class LoRALayer(Module):
         fan_in = in_dim if init == "fan-in" else rank
         self.A = Parameter(kaiming_uniform((in_dim, rank), fan_in, rng, dtype))
         self.B = Parameter(np.zeros((rank, out_dim), dtype=dtype))
-        self.alpha, self.scaling = alpha, scaling
+        self.alpha = alpha.item() if isinstance(alpha, np.generic) else alpha
+        self.scaling = scaling
         self.scale = float(SCALINGS[scaling](alpha, rank))
 
     @property
@@ -84,7 +85,7 @@ class LoRALayer(Module):
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
         """dA = scale * xᵀ (dout Bᵀ),  dB = scale * (x A)ᵀ dout,  dx = scale * (dout Bᵀ) Aᵀ."""
         x, xa = self._take()
-        dout = check_width(self, dout, self.B.shape[1], self.A.data.dtype)
+        dout = check_dout(self, dout, (*x.shape[:-1], self.B.shape[1]), x.dtype)
         dxa = self.accumulate_gradients(x, xa, dout)
         return matmul(dxa, self.A.data.T) if input_grad else None
 
@@ -175,6 +176,9 @@ class LinearWithLoRA(Module):
     def extra_repr(self) -> str:
         return "merged" if self.merged else ""
 
+    def _title(self) -> str:
+        return f"{type(self).__name__} around {self.linear._title()}"
+
     # An optimisation, to be skipped on first reading. When the input has many rows, it is
     # cheaper to form W' = W + scale * A B once a step and do one product with it, x W'. That
     # costs in * out * r multiply-adds and the memory of a second W until backward is done; it
@@ -203,7 +207,7 @@ class LinearWithLoRA(Module):
     def _backward_folded(
         self, x: np.ndarray, weight: np.ndarray, dout: np.ndarray, input_grad: bool
     ) -> np.ndarray | None:
-        dout = check_width(self, dout, self.linear.out_features, weight.dtype)
+        dout = check_dout(self, dout, (*x.shape[:-1], weight.shape[1]), weight.dtype)
         self.lora.accumulate_gradients(x, matmul(x, self.lora.A.data), dout)
         return matmul(dout, weight.T) if input_grad else None
 
@@ -274,6 +278,8 @@ def find_targets(model: Module, target_modules: str | list[str] | None = None) -
     """
     if isinstance(model, Linear):
         raise TypeError("a bare Linear cannot be replaced in place: use LinearWithLoRA")
+    if not isinstance(model, Module):
+        raise TypeError(f"expected a Module to adapt, got {type(model).__name__}")
     wrapped = {path for path, _ in lora_layers(model)}
     inner = {id(layer.linear) for _, layer in lora_layers(model)}  # these are not targets
     known = {
@@ -285,7 +291,10 @@ def find_targets(model: Module, target_modules: str | list[str] | None = None) -
     plain = {path: module for path, module in known.items() if path not in wrapped}
     if target_modules is None:
         return plain
-    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    patterns = target_modules if isinstance(target_modules, (list, tuple)) else [target_modules]
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"target_modules takes names or globs, got {pattern!r}")
     if not patterns:
         raise ValueError("target_modules is empty: name a layer, or pass None for every Linear")
     for pattern in patterns:
@@ -341,8 +350,11 @@ def _adapted(model: Module) -> list[LinearWithLoRA]:
     return layers
 
 
-def merge_lora(model: Module) -> Module:
+def merge_lora(model: Module, unload: bool = False) -> Module:
     """Merge every LoRA layer into its weight (x W + scale * x A B in one product).
+
+    With `unload` it is for good: plain Linears take the place of the LoRA layers, A and B are
+    gone, and the model can be saved like any other. Without, `unmerge_lora` undoes it.
 
     Raises ValueError where there is no LoRA layer, RuntimeError where one is merged already;
     nothing is changed then.
@@ -352,7 +364,7 @@ def merge_lora(model: Module) -> Module:
         raise RuntimeError("the model is merged already; merging twice would add twice")
     for layer in layers:
         layer.merge()
-    return model
+    return _unwrap(model) if unload else model
 
 
 def unmerge_lora(model: Module) -> Module:
@@ -370,14 +382,19 @@ def remove_lora(model: Module) -> Module:
 
     Raises ValueError where there is none, TypeError where the model itself is one.
     """
-    _adapted(model)
+    for layer in _adapted(model):
+        if layer.merged:
+            layer.unmerge()
+    return _unwrap(model)
+
+
+def _unwrap(model: Module) -> Module:
+    """Put the Linear in the place of every LoRA layer, with the weight that it has now."""
     if isinstance(model, LinearWithLoRA):
         raise TypeError("a bare LinearWithLoRA cannot be replaced in place: use its .linear")
     for _, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LinearWithLoRA):
-                if child.merged:
-                    child.unmerge()
                 setattr(parent, name, child.linear)
     return model
 

@@ -27,6 +27,8 @@ def float_dtype(dtype: Any) -> np.dtype:
 def make_rng(rng: np.random.Generator | int | None) -> np.random.Generator:
     """Return a Generator: `rng` itself, or one seeded with the int, or a fresh one for None."""
     if rng is None or isinstance(rng, (int, np.integer, np.random.Generator)):
+        if isinstance(rng, (int, np.integer)) and rng < 0:
+            raise ValueError(f"a seed must be 0 or more, got {rng}")
         return np.random.default_rng(rng)
     raise TypeError(f"rng must be a numpy Generator, an int or None, got {type(rng).__name__}")
 
@@ -94,6 +96,15 @@ class _Sealed(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         module = super().__call__(*args, **kwargs)
         module.__dict__["_sealed"] = True
+        for name, value in vars(module).items():
+            items = value.values() if isinstance(value, dict) else value
+            if isinstance(value, (list, tuple, dict)) and any(
+                isinstance(item, (Module, Parameter)) for item in items
+            ):
+                raise TypeError(
+                    f"{cls.__name__}.{name} hides modules or parameters in a "
+                    f"{type(value).__name__}, where they are not found: use a ModuleList"
+                )
         return module
 
 
@@ -214,12 +225,14 @@ class Module(metaclass=_Sealed):
     def astype(self, dtype: Any) -> Module:
         """Convert every parameter to float32 or float64, forget gradients, return the module."""
         dtype = float_dtype(dtype)
+        self._check_own_weights()
         for parameter in self.parameters():
             parameter.data, parameter.grad = parameter.data.astype(dtype), None
         return self
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return {dotted name: a copy of the array}; training on does not change it."""
+        self._check_own_weights()
         return {name: parameter.data.copy() for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, state: dict[str, np.ndarray], strict: bool = True) -> Keys:
@@ -229,6 +242,9 @@ class Module(metaclass=_Sealed):
         wrong: KeyError for names missing or unexpected (unless `strict` is False, when they
         are returned instead), ValueError for shapes, TypeError for what is not real numbers.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"a state dict must be a dict, got {type(state).__name__}")
+        self._check_own_weights()
         parameters = dict(self.named_parameters())
         keys = Keys(
             [name for name in parameters if name not in state],
@@ -252,6 +268,15 @@ class Module(metaclass=_Sealed):
         for name, array in arrays.items():
             parameters[name].data[...] = array
         return keys
+
+    def _check_own_weights(self) -> None:
+        """Raise RuntimeError where weights stand in for others, as in a merged LoRA layer."""
+        for _, module in self.named_modules():
+            if getattr(module, "merged", False):
+                raise RuntimeError(
+                    "the model is merged, its weights are not the base's: unmerge_lora it first, "
+                    "or merge it for good with merge_lora(model, unload=True)"
+                )
 
     # Assigning to attributes. (Skip on first reading.)
     def __setattr__(self, name: str, value: Any) -> None:

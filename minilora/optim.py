@@ -22,6 +22,8 @@ class Optimizer:
     """
 
     def __init__(self, parameters: Iterable[Any], **defaults: Any):
+        if isinstance(parameters, Parameter):
+            raise TypeError("an optimizer takes an iterable of Parameters, got one Parameter")
         entries = list(parameters)
         if entries and not isinstance(entries[0], dict):
             entries = [{"params": entries}]

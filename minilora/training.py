@@ -82,13 +82,22 @@ def fit(
     threads      how many share each batch; see `parallel`
 
     Ctrl-C ends the run early and returns what was done. Raises ValueError where steps is
-    below 1 or nothing is trainable, FloatingPointError that names step and learning rate
+    below 1, nothing is trainable, or the optimizer holds nothing that is (as one made before
+    replace_linear_with_lora); FloatingPointError that names step and learning rate
     where the loss is no longer finite: the weights are then those before that step.
     """
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, got {steps}")
     if not model.is_trainable():
         raise ValueError("nothing to train: every parameter of the model is frozen")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(p.requires_grad and id(p) in held for p in model.parameters()):
+        raise ValueError(
+            "the optimizer holds none of the model's trainable parameters: make it after "
+            "replace_linear_with_lora, from the parameters that require gradients"
+        )
+    if validate_every < 1:
+        raise ValueError(f"validate_every must be 1 or more, got {validate_every}")
     from tqdm import tqdm  # here, since it is a fifth of the time that importing minilora takes
 
     validation = None if validation is None else list(validation)

@@ -202,7 +202,7 @@ assert not report.passed and ml.gradcheck(layer, x).passed
 layer.freeze()
 layer.zero_grad()
 layer(x)
-print("kept for backward:", layer._cache)
+print("kept of x for backward:", layer._cache[0])
 print("dx still right:", np.allclose(layer.backward(dout), dx), " weight.grad:", layer.weight.grad)
 
 # %% [markdown]

@@ -155,6 +155,12 @@ def test_what_a_checkpoint_will_not_hold(tmp_path, tiny_gpt):
     tiny_gpt.wte.weight.data[0, 0] = 1e6
     with pytest.raises(ValueError, match="wte.weight has numbers that do not fit float16"):
         save_checkpoint(tiny_gpt, tmp_path / "m", np.float16)
+    with pytest.raises(IsADirectoryError, match="is a directory"):
+        save_checkpoint(tiny_gpt, tmp_path)
+    classifier = ml.GPT(tiny_config())
+    classifier.lm_head = ml.Linear(8, 2)
+    with pytest.raises(ValueError, match="head of the model was replaced"):
+        save_checkpoint(classifier, tmp_path / "m")
     with pytest.raises(ValueError, match="LoRA layers"):
         save_checkpoint(ml.replace_linear_with_lora(tiny_gpt, 1, 1), tmp_path / "m")
     assert not list(tmp_path.iterdir())

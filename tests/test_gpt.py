@@ -135,11 +135,22 @@ def test_bad_ids(tiny_gpt, ids, error, words):
 @pytest.mark.parametrize(
     "change, words",
     [({"n_heads": 3}, "n_heads must divide"), ({"n_layers": 0}, "n_layers"),
-     ({"d_model": 8.0}, "d_model"), ({"dropout": 1.0}, "dropout")],
+     ({"d_model": 8.0}, "d_model"), ({"dropout": 1.0}, "dropout"), ({"n_layers": True}, "n_l")],
 )
 def test_bad_configurations(change, words):
     with pytest.raises(ValueError, match=words):
         tiny_config(**change)
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+def test_backward_of_the_wrong_shape(ids, tie_weights):
+    model = ml.GPT(tiny_config(tie_weights=tie_weights))
+    for shape in ((3, 6, 12), (2, 6, 11)):
+        model(ids)
+        with pytest.raises(ValueError, match=r"dout of shape \(3, 6, 11\), got"):
+            model.backward(np.zeros(shape))
+    with pytest.raises(ValueError, match=r"attention expects input of shape \(B, T, C\)"):
+        model.h[0].attn(np.zeros((6, 8)))
 
 
 def test_published_sizes():
@@ -193,9 +204,10 @@ def test_sampling_follows_the_probabilities(tiny_gpt):
     "arguments, words",
     [({"temperature": -1.0}, "temperature"), ({"temperature": float("nan")}, "temperature"),
      ({"top_k": 0}, "top_k"), ({"max_new_tokens": -1}, "max_new_tokens"),
-     ({"ids": np.zeros(0, int)}, "T at least 1")],
+     ({"ids": np.zeros(0, int)}, "T at least 1"), ({"top_k": 2.5}, "whole number, got 2.5"),
+     ({"max_new_tokens": 3.0}, "whole number, got 3.0"), ({"ids": np.zeros(2)}, "integers")],
 )
 def test_generate_bad_arguments(tiny_gpt, arguments, words):
     defaults = {"ids": np.array([1]), "max_new_tokens": 2}
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         ml.generate(tiny_gpt, **(defaults | arguments))

@@ -13,7 +13,7 @@ class Wrong(ml.Linear):
         self.mistake = mistake
 
     def backward(self, dout, input_grad=True):
-        (x,) = self._take()
+        x, _ = self._take()
         dw, db, dx = weight_grad(x, dout), dout.sum(0), dout @ self.weight.data.T
         if self.mistake == "mean":
             db = dout.mean(0)

@@ -39,6 +39,13 @@ def test_the_layout_is_pefts(tmp_path):
     assert len(tensors) == 4
 
 
+def test_hyperparameters_may_be_numpy_numbers(tmp_path):
+    model = ml.GPT(tiny_config())
+    ml.replace_linear_with_lora(model, np.int64(2), np.float32(4))
+    save_adapter(model, tmp_path)
+    assert load_adapter(ml.GPT(tiny_config()), tmp_path).lm_head.lora.scale == 2.0
+
+
 def test_a_task_replaces_the_one_before(tmp_path, ids):
     one, two = task(1), task(2)
     save_adapter(one, tmp_path / "one")

@@ -58,7 +58,7 @@ def test_frozen_linear_keeps_no_input_but_passes_the_gradient_down(rng):
     linear = ml.Linear(3, 2, rng=0).freeze()
     x, dout = rng.standard_normal((4, 3)), rng.standard_normal((4, 2)).astype(np.float32)
     linear(x)
-    assert linear._cache == (None,)
+    assert linear._cache == (None, (4, 2)), "only the shape of the output"
     np.testing.assert_allclose(linear.backward(dout), dout @ linear.weight.data.T, rtol=1e-6)
     assert linear.weight.grad is None and linear.bias.grad is None
     linear(x)
@@ -97,9 +97,27 @@ def test_bad_input(layer):
     for x in (np.zeros((2, 3), int), np.zeros((2, 3), complex), np.array([["a", "b", "c"]])):
         with pytest.raises(TypeError, match="floating-point"):
             layer(x)
-    layer(np.zeros((2, 3)))
-    with pytest.raises(ValueError, match="got"):
-        layer.backward(np.zeros((2, 5)))
+    for n_rows in (2, 9):  # below and above where LoRA folds
+        for shape in ((n_rows, 5), (n_rows + 1, 3), (3,)):
+            layer(np.zeros((n_rows, 3)))
+            with pytest.raises(ValueError, match=rf"dout of shape \({n_rows}, 3\), got"):
+                layer.backward(np.zeros(shape))
+
+
+@pytest.mark.parametrize("layer", [ml.GELU(), ml.Dropout(0.5)], ids=["GELU", "Dropout"])
+def test_bad_input_to_layers_without_parameters(layer):
+    with pytest.raises(TypeError, match="floating-point input, got dtype int"):
+        layer([1, 2])
+    assert layer([1.0, 2.0]).shape == (2,)
+    with pytest.raises(ValueError, match=r"dout of shape \(2,\), got \(3,\)"):
+        layer.backward(np.zeros(3))
+
+
+def test_frozen_linear_refuses_a_dout_of_the_wrong_shape():
+    linear = ml.Linear(3, 2).freeze()
+    linear(np.zeros((4, 3)))
+    with pytest.raises(ValueError, match=r"dout of shape \(4, 2\), got \(5, 2\)"):
+        linear.backward(np.zeros((5, 2)))
 
 
 def test_empty_batches_are_fine():
@@ -115,6 +133,10 @@ def test_embedding_refuses_ids_out_of_range(bad):
         ml.Embedding(5, 3)(np.array([[0, bad]]))
     with pytest.raises(TypeError, match="integers"):
         ml.Embedding(5, 3)(np.array([0.0]))
+    embedding = ml.Embedding(5, 3)
+    embedding(np.array([0, 1]))
+    with pytest.raises(ValueError, match=r"dout of shape \(2, 3\), got \(3, 3\)"):
+        embedding.backward(np.zeros((3, 3)))
 
 
 @pytest.mark.parametrize("make", [lambda: ml.Linear(0, 3), lambda: ml.Linear(3, 0),

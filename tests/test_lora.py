@@ -209,7 +209,12 @@ def test_models_that_cannot_be_adapted():
         ml.replace_linear_with_lora(ml.Linear(3, 3), 2, 4)
     with pytest.raises(ValueError, match="no Linear layer"):
         ml.replace_linear_with_lora(ml.Sequential(ml.GELU()), 2, 4)
+    with pytest.raises(TypeError, match="expected a Module to adapt, got str"):
+        ml.replace_linear_with_lora("model", 2, 4)
     model = ml.GPT(tiny_config())
+    for targets in (3, ["q_proj", 3]):
+        with pytest.raises(TypeError, match="names or globs, got 3"):
+            ml.replace_linear_with_lora(model, 2, 4, targets)
     with pytest.raises(ValueError, match="rank must be 1"):
         ml.replace_linear_with_lora(model, 0, 4)
     assert all(p.requires_grad for p in model.parameters())
@@ -312,6 +317,29 @@ def test_merging_twice_or_training_while_merged_is_an_error(ids):
         model.backward(logits)
     with pytest.raises(RuntimeError, match="not merged"):
         ml.unmerge_lora(model).lm_head.unmerge()
+
+
+def test_a_merged_model_does_not_pass_its_weights_off_as_the_base_s(tmp_path, ids):
+    model = randomise(adapted(), 0.1)
+    state = model.state_dict()
+    ml.merge_lora(model)
+    for use in (model.state_dict, lambda: model.load_state_dict(state),
+                lambda: model.astype(np.float64)):
+        with pytest.raises(RuntimeError, match="unmerge_lora it first"):
+            use()
+    ml.save_adapter(model, tmp_path)  # A and B are as they were
+    ml.unmerge_lora(model).load_state_dict(state)
+
+
+def test_merging_for_good_leaves_a_plain_model(tmp_path, ids):
+    model = randomise(adapted(dtype=np.float64), 0.1)
+    before = model(ids)
+    ml.merge_lora(model, unload=True)
+    assert not list(lora_layers(model))
+    np.testing.assert_allclose(model(ids), before, atol=1e-12)
+    ml.save_checkpoint(model, tmp_path / "merged")
+    again = ml.load_checkpoint(tmp_path / "merged", np.float64)
+    np.testing.assert_array_equal(again(ids), model(ids))
 
 
 def test_a_half_merged_model_is_left_alone():

@@ -117,6 +117,8 @@ def test_load_state_dict_lists_all_faults_and_changes_nothing(tiny_gpt):
         tiny_gpt.load_state_dict(before | {"ln_f.bias": np.zeros(3)})
     with pytest.raises(TypeError, match="ln_f.bias"):
         tiny_gpt.load_state_dict(before | {"ln_f.bias": np.array(["x"] * 8)})
+    with pytest.raises(TypeError, match="must be a dict, got list"):
+        tiny_gpt.load_state_dict([])
     for name, array in tiny_gpt.state_dict().items():
         assert np.array_equal(array, before[name])
 
@@ -164,7 +166,21 @@ def test_sequential_stops_below_the_lowest_trainable(rng):
     assert model.backward(np.ones((4, 2))).shape == (4, 3)
 
 
+def test_modules_hidden_in_a_list_are_an_error():
+    class Net(ml.Module):
+        def __init__(self, layers):
+            self.layers = layers
+
+    for hidden in ([ml.Linear(2, 2)], (ml.GELU(),), {"a": ml.Parameter([1.0])}):
+        with pytest.raises(TypeError, match=r"Net.layers hides modules.*use a ModuleList"):
+            Net(hidden)
+    assert Net(ml.ModuleList([ml.Linear(2, 2)])).num_parameters() == 6
+    assert Net([1, 2]).num_parameters() == 0
+
+
 def test_rng_of_the_wrong_type():
+    with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
+        ml.Linear(2, 2, rng=-1)
     with pytest.raises(TypeError, match="rng must be"):
         ml.Linear(2, 2, rng="seed")
 

@@ -84,6 +84,7 @@ def test_parameter_groups():
     "parameters, options, error, words",
     [
         ([], {}, ValueError, "at least one"),
+        (ml.Parameter([1]), {}, TypeError, "iterable of Parameters, got one"),
         ([np.zeros(2)], {}, TypeError, "takes Parameters, got ndarray"),
         ([{"params": [], "learning_rate": 1}], {}, ValueError, "unknown settings.*learning_rate"),
         ([ml.Parameter([1])] * 2, {}, ValueError, "twice"),

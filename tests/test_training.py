@@ -131,6 +131,18 @@ def test_a_frozen_model_cannot_be_trained(tiny_gpt, ids):
         fit(tiny_gpt.freeze(), batches_of(ids), optimizer, 5)
 
 
+def test_an_optimizer_that_would_train_nothing(tiny_gpt, ids):
+    too_early = ml.AdamW(tiny_gpt.parameters())
+    ml.replace_linear_with_lora(tiny_gpt, 2, 4)
+    with pytest.raises(ValueError, match="make it after replace_linear_with_lora"):
+        fit(tiny_gpt, batches_of(ids), too_early, 5)
+
+
+def test_validate_every_below_one(tiny_gpt, ids):
+    with pytest.raises(ValueError, match="validate_every must be 1 or more, got 0"):
+        fit(tiny_gpt, batches_of(ids), ml.AdamW(tiny_gpt.parameters()), 5, validate_every=0)
+
+
 def test_evaluate_weighs_batches_by_size_and_needs_one(tiny_gpt, ids):
     one, two = batches_of(ids)[0], batches_of(ids[:1])[0]
     expected = (3 * evaluate(tiny_gpt, [one]) + evaluate(tiny_gpt, [two])) / 4
