@@ -8,7 +8,7 @@ import numpy as np
 
 from minilora.functional import attention_weights, causal_attention, causal_attention_backward
 from minilora.layers import Dropout, Linear, Rng
-from minilora.module import Module, make_rng
+from minilora.module import Module, check_sizes, make_rng
 
 
 class CausalSelfAttention(Module):
@@ -25,7 +25,8 @@ class CausalSelfAttention(Module):
         self, d_model: int, n_heads: int, bias: bool = True, dropout: float = 0.0,
         dtype: Any = np.float32, rng: Rng = None,
     ):
-        if n_heads < 1 or d_model % n_heads:
+        check_sizes("CausalSelfAttention", d_model=d_model, n_heads=n_heads)
+        if d_model % n_heads:
             raise ValueError(f"n_heads must divide d_model, got {n_heads} and {d_model}")
         rng = make_rng(rng)
         self.n_heads = n_heads
@@ -47,8 +48,10 @@ class CausalSelfAttention(Module):
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (B, T, C) -> (B, T, C)."""
-        if np.ndim(x) != 3:
-            raise ValueError(f"attention expects input of shape (B, T, C), got {np.shape(x)}")
+        if np.ndim(x) != 3 or not np.shape(x)[1]:
+            raise ValueError(
+                f"attention expects input of shape (B, T, C) with T at least 1, got {np.shape(x)}"
+            )
         q = self.split_heads(self.q_proj(x))
         k = self.split_heads(self.k_proj(x))
         v = self.split_heads(self.v_proj(x))

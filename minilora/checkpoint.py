@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from minilora.gpt import GPT, GPTConfig
+from minilora.module import float_dtype
 
 DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
@@ -156,7 +157,9 @@ def _checked_span(path: str | Path, name: str, entry: Any) -> tuple[int, int, st
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype!r}")
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
+        if not isinstance(numbers, list) or not all(
+            type(n) is int and 0 <= n < 2**63 for n in numbers
+        ):
             raise CheckpointError(f"{path}: {name} has a bad {what}: {str(numbers)[:80]}")
     if len(offsets) != 2 or len(shape) > 32:
         raise CheckpointError(f"{path}: {name} needs two data_offsets and at most 32 axes")
@@ -201,6 +204,8 @@ def save_checkpoint(model: GPT, path: str | Path, dtype: Any = None) -> None:
     if "lm_head.bias" in tensors or head is not None and head.shape != (c.d_model, c.vocab_size):
         raise ValueError("the head of the model was replaced; a checkpoint is of a whole GPT")
     if dtype is not None:
+        if np.dtype(dtype).kind != "f":
+            raise TypeError(f"a checkpoint holds floating-point numbers, not {np.dtype(dtype)}")
         with np.errstate(over="ignore"):
             small = {name: array.astype(dtype) for name, array in tensors.items()}
         for name, array in tensors.items():
@@ -212,13 +217,14 @@ def save_checkpoint(model: GPT, path: str | Path, dtype: Any = None) -> None:
 
 def load_checkpoint(path: str | Path, dtype: Any = np.float32) -> GPT:
     """Build the GPT that `save_checkpoint` wrote. CheckpointError where the file is not one."""
+    dtype = float_dtype(dtype)
     tensors = load_safetensors(path)
     try:
         config = GPTConfig(**json.loads(load_metadata(path)["config"]))
         _check_sizes(config, {name: array.shape for name, array in tensors.items()})
         model = GPT(config, dtype=dtype)
         model.load_state_dict(tensors)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         fault = error.args[0] if error.args else error
         raise CheckpointError(f"{path} is not a minilora checkpoint: {fault}") from None
     return model

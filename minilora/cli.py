@@ -69,6 +69,8 @@ def generate_command(args: argparse.Namespace) -> None:
         load_adapter(model, args.adapter)
     tokenizer = CharTokenizer()
     prompt = args.prompt.replace("\\n", "\n")
+    if not prompt:
+        raise ValueError("the prompt is empty: give the model at least one character")
     ids = tokenizer.encode(prompt)
     tokens = sample_tokens(model, ids, args.tokens, args.temperature, args.top_k, args.seed)
     print(prompt, end="", flush=True)
@@ -113,7 +115,15 @@ def ranks(text: str) -> tuple[int, ...]:
 
 def names(text: str) -> tuple[str, ...]:
     """Parse "q_proj,v_proj"."""
-    return tuple(part for part in text.split(",") if part)
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
+    return parts
+
+
+def temperature(text: str) -> float:
+    """Parse a number of 0 or more."""
+    return 0.0 if text.strip() in ("0", "0.0") else positive(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -167,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--adapter", help="folder of an adapter, as compare writes them")
     sub.add_argument("--tokens", type=whole(0), default=400,
                      help="characters to write (default: 400)")
-    sub.add_argument("--temperature", type=float, default=0.8,
+    sub.add_argument("--temperature", type=temperature, default=0.8,
                      help="0: always the likeliest (default: 0.8)")
     sub.add_argument("--top-k", type=whole(1), default=20,
                      help="draw among the k likeliest (default: 20)")

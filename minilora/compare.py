@@ -175,6 +175,7 @@ def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[
         raise ValueError(f"steps must be 2 or more, got {settings.steps}")
     for rank in settings.ranks:  # every mistake should show before the first long run
         prepare(settings, rank, seed=0)
+    Path(out).mkdir(parents=True, exist_ok=True)
     base = load_base(settings.base)
     data = Data.for_context(base.config.context_length)
     docs_base = evaluate(base, data.docs_held_out, settings.threads)

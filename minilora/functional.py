@@ -115,6 +115,8 @@ def gelu_with_derivative(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     The forward pass has s at hand, so it works out the derivative too, and backward is left
     with one product. Block by block; x*x because a float32 power costs 100 products.
     """
+    if not x.size:
+        return x.copy(), x.copy()
     x2d = rows(x) if x.ndim else x.reshape(1, 1)
     y, derivative = np.empty_like(x2d), np.empty_like(x2d)
     slope0, cubic = 2.0 * GELU_SCALE, 2.0 * GELU_SCALE * GELU_CUBIC  # 2u = slope0 v + cubic v³
@@ -221,6 +223,8 @@ def cross_entropy(
     logits, targets = np.asarray(logits), np.asarray(targets)
     if logits.dtype.kind != "f":
         raise TypeError(f"logits must be floating-point numbers, got dtype {logits.dtype}")
+    if not logits.ndim or not logits.shape[-1]:
+        raise ValueError(f"logits must have shape (..., V) with V at least 1, got {logits.shape}")
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets must have shape {logits.shape[:-1]} to match logits {logits.shape}, "

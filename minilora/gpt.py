@@ -16,8 +16,24 @@ import numpy as np
 
 from minilora.attention import CausalSelfAttention
 from minilora.functional import matmul, token_ids, weight_grad
-from minilora.layers import GELU, Dropout, Embedding, LayerNorm, Linear, Rng, check_dout
-from minilora.module import Module, ModuleList, backward_through, float_dtype, make_rng
+from minilora.layers import (
+    GELU,
+    Dropout,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Rng,
+    check_dout,
+    check_dropout,
+)
+from minilora.module import (
+    Module,
+    ModuleList,
+    backward_through,
+    check_sizes,
+    float_dtype,
+    make_rng,
+)
 
 GPT2_SIZES = {  # n_layers, d_model, n_heads: Radford et al. 2019, table 2
     "small": (12, 768, 12),
@@ -29,7 +45,7 @@ GPT2_SIZES = {  # n_layers, d_model, n_heads: Radford et al. 2019, table 2
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a GPT. Raises ValueError for sizes below 1 or heads that do not divide."""
+    """The sizes of a GPT. Raises ValueError or TypeError for what cannot be."""
 
     vocab_size: int
     context_length: int
@@ -43,15 +59,18 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or value < 1 or value is True:
-                raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+            check_sizes("GPTConfig", **{name: getattr(self, name)})
+            object.__setattr__(self, name, int(getattr(self, name)))
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"n_heads must divide d_model, got n_heads {self.n_heads}, d_model {self.d_model}"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout needs 0 <= p < 1, got {self.dropout}")
+        check_dropout(self.dropout)
+        for name in ("bias", "tie_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.layer_norm_eps, float) or not 0.0 < self.layer_norm_eps < 1.0:
+            raise ValueError(f"layer_norm_eps must be in 0..1, got {self.layer_norm_eps!r}")
 
     @classmethod
     def gpt2(cls, size: str = "small", **changes: Any) -> GPTConfig:
@@ -186,6 +205,8 @@ class GPT(Module):
             dx = backward_through([*trunk, self.lm_head], dout, embeddings)
         else:
             dout = check_dout(self, dout, shape, self.wte.weight.data.dtype)
+            if x is None and self.wte.weight.requires_grad:
+                raise RuntimeError("wte was frozen in forward and is not in backward")
             if x is not None:
                 self.wte.weight.accumulate(weight_grad(dout, x))
             below = embeddings or any(module.is_trainable() for module in trunk)
@@ -210,11 +231,12 @@ def generate(
 ) -> np.ndarray:
     """Continue token ids (B, T), or (T,), by `max_new_tokens` sampled one at a time.
 
-    Each token is drawn from softmax(logits / temperature) among the `top_k` likeliest;
-    temperature 0 always takes the likeliest. Only the last `context_length` tokens are read.
-    Raises ValueError for a negative temperature, top_k below 1, or an empty prompt.
+    Each token is drawn from softmax(logits / temperature) among the `top_k` likeliest (more
+    where logits are equal); temperature 0 always takes the likeliest. Only the last
+    `context_length` tokens are read. Raises ValueError for a temperature that is negative or
+    not finite, top_k below 1, or an empty prompt; FloatingPointError for logits that are nan.
     """
-    ids = np.asarray(ids)
+    ids = token_ids(ids, model.wte.weight.shape[0])
     chunks = [ids, *sample_tokens(model, ids, max_new_tokens, temperature, top_k, rng)]
     return np.concatenate(chunks, axis=-1)
 
@@ -228,11 +250,11 @@ def sample_tokens(
     rng: Rng = None,
 ) -> Iterator[np.ndarray]:
     """Yield the tokens of `generate` as they come, each (B, 1), or (1,) for ids (T,)."""
-    ids = np.asarray(ids)
+    ids = token_ids(ids, model.wte.weight.shape[0]).astype(np.int64)
     if ids.ndim not in (1, 2) or not ids.shape[-1]:
         raise ValueError(f"ids must be (T,) or (B, T) with T at least 1, got {ids.shape}")
-    if not temperature >= 0.0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 or more and finite, got {temperature}")
     for name, value, least in (("top_k", top_k, 1), ("max_new_tokens", max_new_tokens, 0)):
         if value is not None and not isinstance(value, (int, np.integer)):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
@@ -244,6 +266,8 @@ def sample_tokens(
         for _ in range(max_new_tokens):
             context = context[:, -model.config.context_length :]
             logits = model(context)[:, -1].astype(np.float64)
+            if np.isnan(logits).any():
+                raise FloatingPointError("the model's logits are nan")
             token = _sample(logits, temperature, top_k, rng)
             context = np.concatenate([context, token], axis=1)
             yield token[0] if ids.ndim == 1 else token
@@ -258,9 +282,11 @@ def _sample(
 
     Adding Gumbel noise to the logits and taking the largest draws exactly from the soft-max.
     """
+    logits = logits - logits.max(axis=-1, keepdims=True)  # so that dividing cannot overflow
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
         logits = np.where(logits < smallest, -np.inf, logits)
     if temperature > 0.0:
-        logits = logits / temperature + rng.gumbel(size=logits.shape)
+        with np.errstate(over="ignore"):  # -inf is right: never drawn
+            logits = logits / temperature + rng.gumbel(size=logits.shape)
     return logits.argmax(axis=-1, keepdims=True)

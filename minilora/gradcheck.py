@@ -26,6 +26,7 @@ class Entry:
     index: tuple[int, ...]
     expected: float
     got: float
+    note: str = ""
 
 
 @dataclass
@@ -48,8 +49,9 @@ class GradCheck:
         lines = []
         for e in self.entries:
             ok = e.error <= self.tolerance
-            where = "" if ok else f"  at {e.index}: expected {e.expected:.6g}, got {e.got:.6g}"
-            lines.append(f"{'ok   ' if ok else 'WRONG'} {e.name:{width}}  {e.error:.1e}{where}")
+            where = e.note or f"at {e.index}: expected {e.expected:.6g}, got {e.got:.6g}"
+            line = f"{'ok   ' if ok else 'WRONG'} {e.name:{width}}  {e.error:.1e}"
+            lines.append(line if ok else f"{line}  {where}")
         return "\n".join(lines)
 
 
@@ -81,17 +83,25 @@ def gradcheck(
     more than `max_entries` numbers that many are drawn at random. Gradients that the module
     held are gone afterwards; parameters and x are as they were.
 
-    Raises TypeError unless parameters and x are float64: float32 is too coarse to tell.
+    A backward that changes its dout, or sets a gradient where it should add to it, is wrong too.
+
+    Raises TypeError unless parameters and x are float64: float32 is too coarse to tell; and
+    ValueError where there is nothing to compare.
     """
     rng, x = make_rng(rng), np.array(x)
     arrays = {name: p.data for name, p in module.named_parameters() if p.requires_grad}
     if x.dtype.kind == "f":
         arrays["input"] = x
+    if max_entries < 1 or not all(array.size for array in arrays.values()):
+        raise ValueError("gradcheck needs numbers to compare: x is empty or max_entries below 1")
     for name, array in arrays.items():
         if array.dtype != np.float64:
             raise TypeError(f"gradcheck needs float64, but {name} is {array.dtype}: use astype")
 
-    generators = {id(m.rng): m.rng for _, m in module.named_modules() if hasattr(m, "rng")}
+    generators = {
+        id(m.rng): m.rng for _, m in module.named_modules()
+        if isinstance(getattr(m, "rng", None), np.random.Generator)
+    }
     states = {key: g.bit_generator.state for key, g in generators.items()}
 
     def forward() -> np.ndarray:
@@ -102,18 +112,40 @@ def gradcheck(
     dout = rng.standard_normal(forward().shape)
     module.zero_grad()
     forward()
-    dx = module.backward(dout.copy())
+    given = dout.copy()
+    dx = module.backward(given)
     gradients = {name: p.grad for name, p in module.named_parameters()} | {"input": dx}
+    faults = {name: _fault(gradients[name], array) for name, array in arrays.items()}
+    once = {name: g.copy() for name, g in gradients.items() if isinstance(g, np.ndarray)}
+    forward()
+    module.backward(dout.copy())
+    for name, p in module.named_parameters():
+        if name in arrays and not faults[name] and not np.allclose(p.grad, 2.0 * once[name]):
+            faults[name] = "a second backward did not add to the gradient of the first"
     compared = {}
     for name, array in arrays.items():
         count = min(max_entries, array.size)
         flat = np.sort(rng.choice(array.size, count, replace=False))
         indices = [tuple(int(j) for j in np.unravel_index(i, array.shape)) for i in flat]
         expected = numerical_gradient(lambda: float((forward() * dout).sum()), array, indices)
-        gradient = gradients[name] if gradients[name] is not None else np.zeros(array.shape)
+        if faults[name]:
+            continue
+        gradient = once[name]
         compared[name] = indices, expected, np.array([gradient[index] for index in indices])
     module.zero_grad()
-    return GradCheck(tolerance, _worst_entries(compared))
+    if not np.array_equal(given, dout):
+        faults["dout"] = "backward changed its argument"
+    wrong = [Entry(name, np.inf, (), np.nan, np.nan, note) for name, note in faults.items() if note]
+    return GradCheck(tolerance, _worst_entries(compared) + wrong)
+
+
+def _fault(gradient: np.ndarray | None, array: np.ndarray) -> str:
+    """Say what is wrong with a gradient before its numbers are looked at, or nothing."""
+    if gradient is None:
+        return "backward left no gradient"
+    if np.shape(gradient) != array.shape:
+        return f"expected shape {array.shape}, got {np.shape(gradient)}"
+    return ""
 
 
 def _worst_entries(compared: dict[str, tuple[list, np.ndarray, np.ndarray]]) -> list[Entry]:
@@ -124,9 +156,10 @@ def _worst_entries(compared: dict[str, tuple[list, np.ndarray, np.ndarray]]) -> 
     than a thousandth of the largest gradient anywhere.
     """
     largest = {name: np.abs(expected).max() for name, (_, expected, _) in compared.items()}
+    most = max(largest.values(), default=0.0)
     entries = []
     for name, (indices, expected, got) in compared.items():
-        yardstick = max(largest[name], 1e-3 * max(largest.values()), 1e-8)
+        yardstick = max(largest[name], 1e-3 * most, 1e-8)
         errors = np.abs(expected - got) / yardstick
         errors[np.isnan(errors)] = np.inf
         i = int(errors.argmax())

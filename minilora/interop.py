@@ -8,7 +8,7 @@ Those are the transposes of our A and B, and this is the one file where anything
 from __future__ import annotations
 
 import json
-import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from minilora.checkpoint import (
 )
 from minilora.layers import Linear
 from minilora.lora import LinearWithLoRA, freeze_base, lora_layers
-from minilora.module import Module, closest
+from minilora.module import Module, closest, make_rng
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -44,6 +44,7 @@ def save_adapter(model: Module, path: str | Path) -> None:
     alpha * r is written, which stands for the same update. Raises ValueError where there is
     no LoRA layer, or where ranks or scales differ between layers.
     """
+    _refuse_bare(model)
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError("the model has no LoRA layers to save: call replace_linear_with_lora")
@@ -68,8 +69,9 @@ def save_adapter(model: Module, path: str | Path) -> None:
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora.A.data.T
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora.B.data.T
+    text = json.dumps(config, indent=2).encode()  # should it fail, then before anything is written
     save_safetensors(Path(path) / WEIGHTS_FILE, tensors, {"format": "pt"})
-    write_atomically(Path(path) / CONFIG_FILE, json.dumps(config, indent=2).encode())
+    write_atomically(Path(path) / CONFIG_FILE, text)
 
 
 def load_adapter(model: Module, path: str | Path) -> Module:
@@ -80,6 +82,7 @@ def load_adapter(model: Module, path: str | Path) -> Module:
     checked before anything is changed: CheckpointError where the files are not sound or do
     not fit the model, with all the names and shapes that differ.
     """
+    _refuse_bare(model)
     folder = Path(path)
     folder = folder.parent if folder.is_file() else folder
     settings = _read_config(folder / CONFIG_FILE)
@@ -106,23 +109,25 @@ def load_adapter(model: Module, path: str | Path) -> Module:
     ]
     if faults:
         raise CheckpointError(f"{folder} does not fit the model: " + "; ".join(faults))
+    rng = make_rng(0)
     for name, (a, b) in factors.items():
-        _attach(modules, name, a, b, settings)
+        layer = modules[name]
+        linear = layer.linear if isinstance(layer, LinearWithLoRA) else layer
+        with warnings.catch_warnings(action="ignore"):  # of a rank that is not ours to choose
+            new = LinearWithLoRA(linear, rng=rng, **settings)
+        if isinstance(layer, LinearWithLoRA) and layer.lora.rank == new.lora.rank:
+            # The same Parameters stay, since an optimizer may hold them.
+            new.lora.A, new.lora.B = layer.lora.A, layer.lora.B
+        new.lora.A.data[...], new.lora.B.data[...] = a, b
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, new.train(linear.training))
     freeze_base(model)
     return model
 
 
-def _attach(
-    modules: dict[str, Module], name: str, a: np.ndarray, b: np.ndarray, settings: dict[str, Any]
-) -> None:
-    linear = modules[name]
-    if isinstance(linear, LinearWithLoRA):
-        linear = linear.linear
-    layer = LinearWithLoRA(linear, rng=0, **settings)
-    layer.lora.A.data[...] = a
-    layer.lora.B.data[...] = b
-    parent, _, child = name.rpartition(".")
-    setattr(modules[parent], child, layer)
+def _refuse_bare(model: Module) -> None:
+    if isinstance(model, (Linear, LinearWithLoRA)):
+        raise TypeError("an adapter belongs to a model with named layers, not to a bare Linear")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -141,10 +146,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     if type(rank) is not int or rank < 1:
         raise CheckpointError(f"{path}: r must be a whole number of 1 or more, got {rank!r}")
     for key, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) < 1e300:
             raise CheckpointError(f"{path}: {key} must be a finite number, got {value!r}")
     if not 0.0 <= dropout < 1.0:
         raise CheckpointError(f"{path}: lora_dropout must be in 0..1, got {dropout}")
+    if config.get("use_rslora", False) not in (True, False, None):
+        raise CheckpointError(f"{path}: use_rslora must be true or false")
     scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     return {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": float(dropout)}
 
@@ -158,7 +165,10 @@ def _read_factors(path: Path, rank: int) -> dict[str, tuple[np.ndarray, np.ndarr
             raise CheckpointError(f"{path}: {key} is not a lora_A.weight or lora_B.weight")
         if array.ndim != 2 or array.dtype.kind != "f":
             raise CheckpointError(f"{path}: {key} must be a matrix of floating-point numbers")
-        pairs.setdefault(name.removeprefix(PREFIX), {})[factor] = array.T
+        pair = pairs.setdefault(name.removeprefix(PREFIX), {})
+        if factor in pair:
+            raise CheckpointError(f"{path}: {key} stands twice, with and without {PREFIX}")
+        pair[factor] = array.T
     factors = {}
     for name, pair in pairs.items():
         if len(pair) < 2:

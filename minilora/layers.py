@@ -20,7 +20,7 @@ from minilora.functional import (
     token_ids,
     weight_grad,
 )
-from minilora.module import Module, Parameter, float_dtype, make_rng
+from minilora.module import Module, Parameter, check_sizes, float_dtype, make_rng
 
 Rng = np.random.Generator | int | None
 
@@ -72,6 +72,14 @@ def check_float(module: Module, x: Any) -> np.ndarray:
     return x
 
 
+def check_dropout(p: float) -> None:
+    """Raise TypeError or ValueError unless 0 <= p < 1."""
+    if not isinstance(p, (int, float, np.integer, np.floating)):
+        raise TypeError(f"dropout must be a number, got {p!r}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout needs 0 <= p < 1, got {p}")
+
+
 class Linear(Module):
     """y = x W + b
 
@@ -86,8 +94,7 @@ class Linear(Module):
         self, in_features: int, out_features: int, bias: bool = True,
         dtype: Any = np.float32, rng: Rng = None,
     ):
-        if in_features < 1 or out_features < 1:
-            raise ValueError(f"Linear needs sizes of 1 or more, got {in_features}, {out_features}")
+        check_sizes("Linear", in_features=in_features, out_features=out_features)
         rng = make_rng(rng)
         self.weight = Parameter(
             kaiming_uniform((in_features, out_features), in_features, rng, dtype)
@@ -141,10 +148,7 @@ class Embedding(Module):
     def __init__(
         self, num_embeddings: int, embedding_dim: int, dtype: Any = np.float32, rng: Rng = None
     ):
-        if num_embeddings < 1 or embedding_dim < 1:
-            raise ValueError(
-                f"Embedding needs sizes of 1 or more, got {num_embeddings}, {embedding_dim}"
-            )
+        check_sizes("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         table = make_rng(rng).standard_normal((num_embeddings, embedding_dim), float_dtype(dtype))
         self.weight = Parameter(table)
 
@@ -176,8 +180,7 @@ class LayerNorm(Module):
     def __init__(
         self, width: int, bias: bool = True, eps: float = 1e-5, dtype: Any = np.float32
     ):
-        if width < 1:
-            raise ValueError(f"LayerNorm needs a width of 1 or more, got {width}")
+        check_sizes("LayerNorm", width=width)
         self.weight = Parameter(np.ones(width, dtype=float_dtype(dtype)))
         self.bias = Parameter(np.zeros(width, dtype=float_dtype(dtype))) if bias else None
         self.eps = eps
@@ -229,8 +232,7 @@ class Dropout(Module):
     """
 
     def __init__(self, p: float = 0.0, rng: Rng = None):
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"dropout needs 0 <= p < 1, got {p}")
+        check_dropout(p)
         self.p = float(p)
         self.rng = make_rng(rng)
 

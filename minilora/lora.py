@@ -27,8 +27,16 @@ from typing import Any
 import numpy as np
 
 from minilora.functional import matmul, weight_grad
-from minilora.layers import Dropout, Linear, Rng, check_dout, check_width, kaiming_uniform
-from minilora.module import Module, Parameter, closest, make_rng
+from minilora.layers import (
+    Dropout,
+    Linear,
+    Rng,
+    check_dout,
+    check_dropout,
+    check_width,
+    kaiming_uniform,
+)
+from minilora.module import Module, Parameter, check_sizes, closest, make_rng
 
 SCALINGS = {
     "alpha": lambda alpha, rank: alpha,  # the first tutorials and their books
@@ -58,8 +66,7 @@ class LoRALayer(Module):
         init: str = "fan-in", dtype: Any = np.float32, rng: Rng = None,
     ):
         check_hyperparameters(rank, alpha, scaling, init)
-        if in_dim < 1 or out_dim < 1:
-            raise ValueError(f"LoRALayer needs sizes of 1 or more, got {in_dim}, {out_dim}")
+        check_sizes("LoRALayer", in_dim=in_dim, out_dim=out_dim)
         if rank > min(in_dim, out_dim):
             _warn_of_rank(rank, min(in_dim, out_dim))
         fan_in = in_dim if init == "fan-in" else rank
@@ -137,16 +144,18 @@ class LinearWithLoRA(Module):
         """x (..., in_features) -> y (..., out_features)."""
         if not self.merged and self._folding_pays(x):
             return self._forward_folded(x)
-        self._save(None, None)
+        self._save(None, None, self.merged)
         if self.merged:
             return self.linear(x)
         return self.linear(x) + self.lora(self.dropout(x))
 
     def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
         """dx is the sum of what the two branches pass down."""
-        x, weight = self._take()
-        if self.merged:
-            if self.lora.is_trainable():
+        x, weight, merged = self._take()
+        if merged != self.merged:
+            raise RuntimeError(f"{self._title()} was merged or unmerged since its forward")
+        if merged:
+            if self.is_trainable():
                 raise RuntimeError(f"{self._title()} is merged: unmerge it before training")
             return self.linear.backward(dout, input_grad)
         if weight is not None:
@@ -191,14 +200,14 @@ class LinearWithLoRA(Module):
         dropping = self.training and self.dropout.p > 0.0
         return (
             n_in * n_out < n_rows * (n_in + n_out) / 2
-            and not dropping and not self.linear.is_trainable()
+            and not dropping and type(self.linear) is Linear and not self.linear.is_trainable()
         )
 
     def _forward_folded(self, x: np.ndarray) -> np.ndarray:
         x = check_width(self, x, self.linear.in_features, self.linear.weight.data.dtype)
         weight = self.lora.delta_weight()
         weight += self.linear.weight.data
-        self._save(x, weight)
+        self._save(x, weight, False)
         y = matmul(x, weight)
         if self.linear.bias is not None:
             y += self.linear.bias.data
@@ -207,6 +216,8 @@ class LinearWithLoRA(Module):
     def _backward_folded(
         self, x: np.ndarray, weight: np.ndarray, dout: np.ndarray, input_grad: bool
     ) -> np.ndarray | None:
+        if self.linear.is_trainable():
+            raise RuntimeError(f"{self._title()} was frozen in forward and is not in backward")
         dout = check_dout(self, dout, (*x.shape[:-1], weight.shape[1]), weight.dtype)
         self.lora.accumulate_gradients(x, matmul(x, self.lora.A.data), dout)
         return matmul(dout, weight.T) if input_grad else None
@@ -228,26 +239,32 @@ def replace_linear_with_lora(
                      layer whose dotted name is that name or ends with it; None: every Linear
     other arguments  as for `LoRALayer` and `LinearWithLoRA`
 
-    Layers that are wrapped already are left alone, so a second call changes nothing. All is
+    Layers that are wrapped already are left alone, so the same call again changes nothing. All is
     checked before anything is changed: ValueError for a target that fits no Linear, or for
     bad hyper-parameters, TypeError where the model itself is a bare Linear, which cannot be
     replaced in place. A rank above min(in, out) is warned of where that is so in every
     target; in one narrow layer, such as a two-class head, it is as good as inevitable.
     """
     check_hyperparameters(rank, alpha, scaling, init)
+    check_dropout(dropout)
     targets = find_targets(model, target_modules)
+    if not targets:
+        return model
     rng = make_rng(rng)
+    wrapped: dict[int, LinearWithLoRA] = {}  # a Linear at two places gets one LoRA layer
 
     def replace(parent: Module, prefix: str = "") -> None:
         for name, child in list(parent.named_children()):
             path = prefix + name
             if isinstance(child, Linear) and path in targets:
-                wrapped = LinearWithLoRA(child, rank, alpha, scaling, dropout, init, rng)
-                setattr(parent, name, wrapped)
+                if id(child) not in wrapped:
+                    layer = LinearWithLoRA(child, rank, alpha, scaling, dropout, init, rng)
+                    wrapped[id(child)] = layer
+                setattr(parent, name, wrapped[id(child)])
             elif not isinstance(child, LinearWithLoRA):
                 replace(child, path + ".")
 
-    if targets and all(rank > min(linear.weight.shape) for linear in targets.values()):
+    if all(rank > min(linear.weight.shape) for linear in targets.values()):
         _warn_of_rank(rank, max(min(linear.weight.shape) for linear in targets.values()))
     freeze_base(model)
     with warnings.catch_warnings(action="ignore"):
@@ -264,9 +281,11 @@ def freeze_base(model: Module) -> None:
 
 
 def lora_layers(model: Module) -> Iterator[tuple[str, LinearWithLoRA]]:
-    """Yield (dotted name, layer) for every LinearWithLoRA in the model."""
+    """Yield (dotted name, layer) for every LinearWithLoRA in the model, each once."""
+    seen = set()
     for path, module in model.named_modules():
-        if isinstance(module, LinearWithLoRA):
+        if isinstance(module, LinearWithLoRA) and id(module) not in seen:
+            seen.add(id(module))
             yield path, module
 
 
@@ -361,7 +380,7 @@ def merge_lora(model: Module, unload: bool = False) -> Module:
     """
     layers = _adapted(model)
     if any(layer.merged for layer in layers):
-        raise RuntimeError("the model is merged already; merging twice would add twice")
+        raise RuntimeError("some or all layers are merged already; merging twice would add twice")
     for layer in layers:
         layer.merge()
     return _unwrap(model) if unload else model
@@ -371,8 +390,8 @@ def unmerge_lora(model: Module) -> Module:
     """Undo `merge_lora`: every base weight is what it was, bit for bit. Errors likewise."""
     layers = _adapted(model)
     if not all(layer.merged for layer in layers):
-        raise RuntimeError("the model is not merged, there is nothing to undo")
-    for layer in layers:
+        raise RuntimeError("some or all layers are not merged, there is nothing to undo in them")
+    for layer in reversed(layers):
         layer.unmerge()
     return model
 
@@ -382,7 +401,7 @@ def remove_lora(model: Module) -> Module:
 
     Raises ValueError where there is none, TypeError where the model itself is one.
     """
-    for layer in _adapted(model):
+    for layer in reversed(_adapted(model)):
         if layer.merged:
             layer.unmerge()
     return _unwrap(model)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from minilora.functional import BLOCK
-from minilora.module import Parameter
+from minilora.module import Module, Parameter
 
 
 class Optimizer:
@@ -22,13 +22,17 @@ class Optimizer:
     """
 
     def __init__(self, parameters: Iterable[Any], **defaults: Any):
-        if isinstance(parameters, Parameter):
-            raise TypeError("an optimizer takes an iterable of Parameters, got one Parameter")
+        if isinstance(parameters, (Parameter, Module, dict)):
+            raise TypeError(
+                f"an optimizer takes an iterable of Parameters, got one {type(parameters).__name__}"
+            )
         entries = list(parameters)
         if entries and not isinstance(entries[0], dict):
             entries = [{"params": entries}]
         self.param_groups: list[dict[str, Any]] = []
         for entry in entries:
+            if not isinstance(entry, dict) or not isinstance(entry.get("params"), Iterable):
+                raise TypeError('a parameter group is a dict with an iterable of "params"')
             unknown = set(entry) - set(defaults) - {"params"}
             if unknown:
                 raise ValueError(
@@ -45,9 +49,12 @@ class Optimizer:
         if len({id(p) for p in everything}) < len(everything):
             raise ValueError("a Parameter stands in the optimizer twice")
         for group in self.param_groups:
-            for name in ("lr", "weight_decay"):
-                if not group[name] >= 0.0:
-                    raise ValueError(f"{name} must be 0 or more, got {group[name]}")
+            for name in ("lr", "weight_decay", "eps"):
+                if not 0.0 <= group.get(name, 0.0) < math.inf:
+                    raise ValueError(f"{name} must be 0 or more and finite, got {group[name]}")
+            for beta in (group.get("momentum", 0.0), *group.get("betas", ())):
+                if not 0.0 <= beta < 1.0:
+                    raise ValueError(f"momentum and betas must be in 0..1 (1 excluded), got {beta}")
         self.state: dict[int, list[np.ndarray]] = {}
 
     def zero_grad(self) -> None:
@@ -79,10 +86,11 @@ class Optimizer:
 
 def blocks(*arrays: np.ndarray) -> Iterator[list[np.ndarray]]:
     """Yield matching pieces of `BLOCK` numbers, so that a chain of operations stays in cache."""
-    if arrays[0].size <= BLOCK:
+    in_one = arrays[0].ndim > 0 and arrays[0].size <= BLOCK
+    if in_one or not all(array.flags.c_contiguous for array in arrays):
         yield list(arrays)
         return
-    flat = [array.reshape(-1) for array in arrays]  # views: parameters are C-contiguous
+    flat = [array.reshape(-1) for array in arrays]  # views, since they are C-contiguous
     for start in range(0, flat[0].size, BLOCK):
         yield [array[start : start + BLOCK] for array in flat]
 
@@ -97,8 +105,6 @@ class SGD(Optimizer):
         self, parameters: Iterable[Any], lr: float = 1e-2, momentum: float = 0.0,
         weight_decay: float = 0.0,
     ):
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"momentum must be in 0..1, got {momentum}")
         super().__init__(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     def update(self, p: Parameter, group: dict[str, Any]) -> None:
@@ -127,8 +133,6 @@ class AdamW(Optimizer):
         self, parameters: Iterable[Any], lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01,
     ):
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas must be in 0..1, got {betas}")
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.steps: dict[int, int] = {}
 
@@ -166,7 +170,7 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     norm = math.sqrt(sum(float(np.vdot(g, g)) for g in gradients))
     if max_norm < norm < math.inf:
         for g in gradients:
-            g *= max_norm / norm
+            np.multiply(g, max_norm / norm, out=g)
     return norm
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from minilora.functional import IGNORE_INDEX, cross_entropy
-from minilora.module import Module
+from minilora.module import Module, check_sizes
 
 
 def default_threads() -> int:
@@ -37,9 +37,9 @@ def replicate(model: Module) -> Module:
     memo |= {id(p.grad): None for p in model.parameters()}
     memo |= {id(module._cache): None for _, module in model.named_modules()}
     twin = copy.deepcopy(model, memo)
-    for _, module in twin.named_modules():
-        if hasattr(module, "rng"):
-            module.rng = module.rng.spawn(1)[0]
+    for (_, module), (_, copied) in zip(model.named_modules(), twin.named_modules(), strict=True):
+        if isinstance(getattr(module, "rng", None), np.random.Generator):
+            copied.rng = module.rng.spawn(1)[0]  # of the original, so that no two are alike
     return twin
 
 
@@ -51,8 +51,7 @@ class DataParallel:
     """
 
     def __init__(self, model: Module, threads: int = 1):
-        if threads < 1:
-            raise ValueError(f"threads must be 1 or more, got {threads}")
+        check_sizes("DataParallel", threads=threads)
         self.models = [model, *(replicate(model) for _ in range(threads - 1))]
         self._resources = contextlib.ExitStack()
 
@@ -70,7 +69,9 @@ class DataParallel:
 
         Each part's mean counts by its number of targets; those with IGNORE_INDEX do not count.
         """
-        total = num_targets(targets)
+        ids, targets, total = np.asarray(ids), np.asarray(targets), num_targets(targets)
+        for twin in self.models[1:]:
+            twin.zero_grad()
         if len(self.models) == 1 or not total:  # cross_entropy says what is wrong with none
             return _work(self.models[0], ids, targets, 1.0)
         parts = zip(
@@ -85,7 +86,6 @@ class DataParallel:
             for p, q in zip(self.models[0].parameters(), twin.parameters(), strict=True):
                 if q.grad is not None:
                     p.accumulate(q.grad)
-                    q.grad = None
         return loss
 
     def mean_loss(self, batches: list[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -120,7 +120,7 @@ def _total_loss(model: Module, batches: list[tuple[np.ndarray, np.ndarray]]) -> 
 
 def num_targets(targets: np.ndarray) -> int:
     """Count the targets that are not IGNORE_INDEX."""
-    return int(np.count_nonzero(targets != IGNORE_INDEX))
+    return int(np.count_nonzero(np.asarray(targets) != IGNORE_INDEX))
 
 
 @contextlib.contextmanager

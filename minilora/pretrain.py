@@ -48,6 +48,9 @@ def pretrain(
     """
     if name not in RECIPES:
         raise ValueError(f"there is a recipe for {', '.join(RECIPES)}; got {name!r}")
+    if Path(out).is_dir():  # better now than after the training
+        raise IsADirectoryError(f"{out} is a directory, not a file to write")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[name]
     steps = recipe.steps if steps is None else steps
     model = GPT(recipe.config, rng=seed)

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from minilora.functional import token_ids
 from minilora.layers import Rng
-from minilora.module import make_rng
+from minilora.module import check_sizes, make_rng
 
 CODE_MODULES = (
     "argparse", "ast", "bisect", "calendar", "collections", "configparser", "copy", "csv",
@@ -39,6 +40,8 @@ class CharTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids (len(text),). ValueError that names a character it does not know."""
+        if not isinstance(text, str):
+            raise TypeError(f"encode takes a str, got {type(text).__name__}")
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         ids = codes.astype(np.int64) - 31
         ids[codes == ord("\n")] = 0
@@ -54,9 +57,7 @@ class CharTokenizer:
     def decode(self, ids: np.ndarray) -> str:
         """Return the text of ids (T,). ValueError for an id outside 0..95."""
         ids = np.asarray(ids)
-        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
-            bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
-            raise ValueError(f"id {bad} is not in 0..{self.vocab_size - 1}")
+        ids = token_ids(ids, self.vocab_size) if ids.size else ids.astype(np.int64)
         return "".join(self.characters[i] for i in ids.ravel())
 
 
@@ -152,6 +153,8 @@ def random_batches(
 
     The targets are the ids one place on. ValueError where the text is too short.
     """
+    ids = np.asarray(ids)
+    check_sizes("random_batches", batch_size=batch_size, context_length=context_length)
     if len(ids) <= context_length:
         raise ValueError(f"{len(ids)} tokens are too few for a context of {context_length}")
     rng = make_rng(rng)
@@ -169,6 +172,8 @@ def sequential_batches(
     At most `limit` batches, spread evenly over the text. What is left over at the end and
     fills no window is dropped. ValueError where the text is too short for one window.
     """
+    ids = np.asarray(ids)
+    check_sizes("sequential_batches", batch_size=batch_size, context_length=context_length)
     count = (len(ids) - 1) // context_length
     if count < 1:
         raise ValueError(f"{len(ids)} tokens are too few for a context of {context_length}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from minilora.checkpoint import write_atomically
-from minilora.module import Module
+from minilora.module import Module, check_sizes
 from minilora.optim import Optimizer, clip_grad_norm
 from minilora.parallel import DataParallel, keep_freed_memory
 
@@ -86,8 +86,7 @@ def fit(
     replace_linear_with_lora); FloatingPointError that names step and learning rate
     where the loss is no longer finite: the weights are then those before that step.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be 1 or more, got {steps}")
+    check_sizes("fit", steps=steps, validate_every=validate_every, threads=threads)
     if not model.is_trainable():
         raise ValueError("nothing to train: every parameter of the model is frozen")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -96,8 +95,6 @@ def fit(
             "the optimizer holds none of the model's trainable parameters: make it after "
             "replace_linear_with_lora, from the parameters that require gradients"
         )
-    if validate_every < 1:
-        raise ValueError(f"validate_every must be 1 or more, got {validate_every}")
     from tqdm import tqdm  # here, since it is a fifth of the time that importing minilora takes
 
     validation = None if validation is None else list(validation)

@@ -83,7 +83,9 @@ def test_bfloat16_is_decoded(tmp_path):
         ({"x": entry(offsets=(8, 0))}, b"12345678", "offsets hold -8"),
         ({"x": entry(offsets=(0, 8, 9))}, b"12345678", "two data_offsets"),
         ({"x": entry(shape=(2**40, 2**40))}, b"12345678", "needs"),
-        ({"x": entry(shape=(0, 2**63, 2**63), offsets=(0, 0))}, b"", "x: "),
+        ({"x": entry(shape=(0, 2**62, 2**62), offsets=(0, 0))}, b"", "x: "),
+        ({"x": entry(shape=(2**63,))}, b"12345678", "bad shape"),
+        ({"x": entry(shape=[10**4000] * 3)}, b"12345678", "bad shape"),
         ({"x": entry(shape=[1] * 99 + [2])}, b"12345678", "32 axes"),
         ({"x": {"dtype": "F32"}}, b"", "needs dtype, shape and data_offsets"),
         ({"x": 3}, b"", "needs dtype"),
@@ -106,6 +108,26 @@ def test_hostile_files(tmp_path, header, data, words):
 def test_a_header_that_claims_to_be_huge(tmp_path, length):
     with pytest.raises(CheckpointError, match="claims"):
         load_safetensors(file_of(tmp_path, b"{}", length=length))
+
+
+def test_random_corruption_is_noticed_or_harmless(tmp_path, rng):
+    tensors = {"a": np.arange(6.0).reshape(2, 3), "b": np.arange(4, dtype=np.int8)}
+    save_safetensors(tmp_path / "x", tensors, {"k": "v"})
+    raw = (tmp_path / "x").read_bytes()
+    (n,) = struct.unpack("<Q", raw[:8])
+    refused = 0
+    for _ in range(1000):
+        damaged = bytearray(raw)
+        for _ in range(rng.integers(1, 4)):
+            damaged[rng.integers(0, 8 + n)] = rng.integers(0, 256)
+        (tmp_path / "y").write_bytes(damaged)
+        try:
+            loaded = load_safetensors(tmp_path / "y")
+        except CheckpointError:
+            refused += 1
+        else:
+            assert sum(array.nbytes for array in loaded.values()) >= 4 + 48
+    assert refused > 800
 
 
 def test_every_truncation_is_noticed(tmp_path):
@@ -161,6 +183,10 @@ def test_what_a_checkpoint_will_not_hold(tmp_path, tiny_gpt):
     classifier.lm_head = ml.Linear(8, 2)
     with pytest.raises(ValueError, match="head of the model was replaced"):
         save_checkpoint(classifier, tmp_path / "m")
+    with pytest.raises(TypeError, match="floating-point numbers, not int8"):
+        save_checkpoint(ml.GPT(tiny_config()), tmp_path / "m", np.int8)
+    with pytest.raises(TypeError, match="float32 or float64"):
+        load_base("small", np.float16)
     with pytest.raises(ValueError, match="LoRA layers"):
         save_checkpoint(ml.replace_linear_with_lora(tiny_gpt, 1, 1), tmp_path / "m")
     assert not list(tmp_path.iterdir())
@@ -181,7 +207,8 @@ def test_files_that_are_no_checkpoint(tmp_path, tiny_gpt):
         save_safetensors(path, tensors, {"config": config.replace(*change)})
         with pytest.raises(CheckpointError, match="should have shape"):
             load_checkpoint(path)
-    for bad in ("[]", "{", '{"vocab": 3}', "null"):
+    eps = config.replace("1e-05", "NaN"), config.replace("1e-05", "1" + "0" * 400)
+    for bad in ("[]", "{", '{"vocab": 3}', "null", "[" * 200_000, *eps):
         save_safetensors(path, tensors, {"config": bad})
         with pytest.raises(CheckpointError, match="not a minilora checkpoint"):
             load_checkpoint(path)

@@ -135,10 +135,12 @@ def test_bad_ids(tiny_gpt, ids, error, words):
 @pytest.mark.parametrize(
     "change, words",
     [({"n_heads": 3}, "n_heads must divide"), ({"n_layers": 0}, "n_layers"),
-     ({"d_model": 8.0}, "d_model"), ({"dropout": 1.0}, "dropout"), ({"n_layers": True}, "n_l")],
+     ({"d_model": 8.0}, "d_model"), ({"dropout": 1.0}, "dropout"), ({"n_layers": True}, "n_l"),
+     ({"layer_norm_eps": float("nan")}, "layer_norm_eps"), ({"bias": 1}, "bias must be True"),
+     ({"dropout": "a"}, "dropout must be a number, got 'a'")],
 )
 def test_bad_configurations(change, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         tiny_config(**change)
 
 
@@ -188,6 +190,23 @@ def test_generate_greedy_is_the_arg_max_and_top_1(tiny_gpt):
     assert np.array_equal(greedy, ml.generate(tiny_gpt, prompt, 5, top_k=1, rng=7))
 
 
+def test_extreme_temperatures_and_nan(tiny_gpt):
+    prompt = np.array([1, 2, 3], np.uint64)
+    greedy = ml.generate(tiny_gpt, prompt, 5, temperature=0.0)
+    assert np.array_equal(greedy, ml.generate(tiny_gpt, prompt, 5, temperature=1e-308))
+    tiny_gpt.ln_f.weight.data[0] = np.nan
+    with pytest.raises(FloatingPointError, match="logits are nan"):
+        ml.generate(tiny_gpt, prompt, 1)
+
+
+def test_a_tied_head_unfrozen_too_late(ids):
+    model = ml.GPT(tiny_config(tie_weights=True)).freeze()
+    logits = model(ids)
+    model.unfreeze()
+    with pytest.raises(RuntimeError, match="wte was frozen in forward"):
+        model.backward(logits)
+
+
 def test_sampling_follows_the_probabilities(tiny_gpt):
     randomise(tiny_gpt)
     z = tiny_gpt(np.array([[1, 2]]))[0, -1] / 0.7
@@ -202,7 +221,8 @@ def test_sampling_follows_the_probabilities(tiny_gpt):
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [({"temperature": -1.0}, "temperature"), ({"temperature": float("nan")}, "temperature"),
+    [({"temperature": -1.0}, "temperature"), ({"temperature": float("inf")}, "finite"),
+     ({"temperature": float("nan")}, "temperature"),
      ({"top_k": 0}, "top_k"), ({"max_new_tokens": -1}, "max_new_tokens"),
      ({"ids": np.zeros(0, int)}, "T at least 1"), ({"top_k": 2.5}, "whole number, got 2.5"),
      ({"max_new_tokens": 3.0}, "whole number, got 3.0"), ({"ids": np.zeros(2)}, "integers")],

@@ -21,6 +21,12 @@ class Wrong(ml.Linear):
             dx = -dx
         elif self.mistake == "one entry":
             dw[2, 1] *= 1 + 1e-4
+        elif self.mistake == "shape":
+            dx = np.concatenate([dx, dx])
+        elif self.mistake == "in place":
+            dout *= 2.0
+        elif self.mistake == "overwrites":
+            self.weight.grad = None
         elif self.mistake == "nan":
             dw[0, 0] = np.nan
         if self.mistake != "forgotten":
@@ -32,7 +38,7 @@ class Wrong(ml.Linear):
 @pytest.mark.parametrize(
     "mistake, name",
     [("mean", "bias"), ("sign", "input"), ("one entry", "weight"), ("nan", "weight"),
-     ("forgotten", "weight")],
+     ("forgotten", "weight"), ("shape", "input"), ("in place", "dout"), ("overwrites", "weight")],
 )
 def test_mistakes_are_found_and_named(rng, mistake, name):
     report = ml.gradcheck(Wrong(mistake), rng.standard_normal((5, 4)))
@@ -57,6 +63,11 @@ def test_float32_is_refused():
         ml.gradcheck(ml.Linear(2, 2), np.zeros((1, 2)))
     with pytest.raises(TypeError, match="input is float32"):
         ml.gradcheck(ml.GELU(), np.zeros((1, 2), np.float32))
+
+
+def test_empty_input_is_refused():
+    with pytest.raises(ValueError, match="needs numbers to compare"):
+        ml.gradcheck(ml.GELU(), np.zeros((0, 3)))
 
 
 def test_nothing_to_check_is_not_a_pass():

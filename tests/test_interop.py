@@ -56,6 +56,30 @@ def test_a_task_replaces_the_one_before(tmp_path, ids):
     assert np.array_equal(ml.remove_lora(model)(ids), ml.GPT(tiny_config())(ids))
 
 
+def test_an_optimizer_keeps_training_what_was_loaded(tmp_path, ids):
+    save_adapter(task(1), tmp_path)
+    model = task(2)
+    optimizer = ml.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    load_adapter(model, tmp_path)
+    history = ml.fit(model, [(ids, ids)] * 9, optimizer, 9, progress=False)
+    assert history.losses[-1] < 0.9 * history.losses[0]
+
+
+def test_loaded_layers_drop_different_things(tmp_path):
+    save_adapter(task(dropout=0.5), tmp_path)
+    model = load_adapter(ml.GPT(tiny_config()), tmp_path)
+    attn, x = model.h[0].attn, np.ones((9, 8), np.float32)
+    assert not np.array_equal(attn.q_proj.dropout(x), attn.k_proj.dropout(x))
+
+
+def test_bare_layers_have_no_adapter_files(tmp_path):
+    save_adapter(task(), tmp_path / "task")
+    for use, bare in ((save_adapter, ml.LinearWithLoRA(ml.Linear(8, 8), 2, 4)),
+                      (load_adapter, ml.Linear(8, 8))):
+        with pytest.raises(TypeError, match="not to a bare Linear"):
+            use(bare, tmp_path / "task")
+
+
 def test_what_does_not_fit_changes_nothing(tmp_path):
     save_adapter(task(), tmp_path)
     other = ml.GPT(tiny_config(d_model=12, n_layers=1))
@@ -92,6 +116,7 @@ def test_what_cannot_be_saved(tmp_path):
         ({"lora_alpha": "8"}, "lora_alpha must be"), ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_dropout": 1.5}, "lora_dropout"), ({"use_dora": True}, "use_dora = True"),
         ({"bias": "all"}, "bias = 'all'"), ({"modules_to_save": ["x"]}, "modules_to_save"),
+        ({"lora_alpha": 10**400}, "lora_alpha"), ({"use_rslora": "false"}, "use_rslora"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
     ],
 )
@@ -113,6 +138,7 @@ def test_damaged_files(tmp_path):
     a, b = list(tensors)[:2]
     for bad, words in [
         ({a: tensors[a]}, "has only lora_A"), ({}, "holds no LoRA factors"),
+        (tensors | {a.removeprefix("base_model.model."): tensors[a]}, "stands twice"),
         (tensors | {"extra": np.zeros(2)}, "extra is not a lora_A"),
         (tensors | {a: np.zeros(2)}, "must be a matrix"),
         (tensors | {b: np.zeros((8, 2), int)}, "floating-point"),

@@ -105,7 +105,7 @@ def test_rank_below_one(rank):
         ({"alpha": "16"}, TypeError, "alpha must be a number"),
         ({"scaling": "alpha*r"}, ValueError, "scaling must be one of alpha, alpha/r"),
         ({"init": "zeros"}, ValueError, "init must be one of fan-in"),
-        ({"in_dim": 0}, ValueError, "sizes of 1 or more"),
+        ({"in_dim": 0}, ValueError, "in_dim must be 1 or more, got 0"),
         ({"dtype": np.float16}, TypeError, "float32 or float64"),
     ],
 )
@@ -340,6 +340,76 @@ def test_merging_for_good_leaves_a_plain_model(tmp_path, ids):
     ml.save_checkpoint(model, tmp_path / "merged")
     again = ml.load_checkpoint(tmp_path / "merged", np.float64)
     np.testing.assert_array_equal(again(ids), model(ids))
+
+
+def test_merging_between_forward_and_backward_is_noticed(rng):
+    layer = randomise(ml.LinearWithLoRA(ml.Linear(6, 5, rng=0), 2, 4, rng=0))
+    x, dout = rng.standard_normal((2, 6)), np.ones((2, 5))
+    layer(x)
+    layer.merge()
+    with pytest.raises(RuntimeError, match="merged or unmerged since its forward"):
+        layer.backward(dout)
+    layer(x)
+    layer.unmerge()
+    with pytest.raises(RuntimeError, match="merged or unmerged since its forward"):
+        layer.backward(dout)
+
+
+@pytest.mark.parametrize("n_rows", [2, 40])
+def test_unfreezing_between_forward_and_backward_is_noticed(rng, n_rows):
+    layer = ml.LinearWithLoRA(ml.Linear(6, 5, rng=0), 2, 4, rng=0)
+    layer(rng.standard_normal((n_rows, 6)))
+    layer.unfreeze()
+    with pytest.raises(RuntimeError, match="frozen in forward"):
+        layer.backward(np.ones((n_rows, 5)))
+
+
+def test_a_linear_at_two_places_gets_one_lora_layer(rng):
+    shared = ml.Linear(4, 4, rng=0)
+    before = shared.weight.data.copy()
+    model = ml.replace_linear_with_lora(ml.Sequential(shared, ml.GELU(), shared), 2, 4, rng=0)
+    assert model[0] is model[2] and len(list(lora_layers(model))) == 1
+    x = rng.standard_normal((3, 4))
+    randomise(model[0].lora)
+    y = model(x)
+    np.testing.assert_allclose(ml.merge_lora(model)(x), y, rtol=1e-5, atol=1e-6)
+    ml.remove_lora(model)
+    assert model[0] is model[2] is shared and np.array_equal(shared.weight.data, before)
+
+
+def test_a_weight_in_two_layers_comes_back_bit_for_bit():
+    model = ml.Sequential(ml.Linear(4, 4, rng=0), ml.Linear(4, 4, rng=1))
+    model[1].weight = model[0].weight
+    before = model[0].weight.data.copy()
+    randomise(ml.replace_linear_with_lora(model, 2, 4, rng=0)[0].lora)
+    randomise(model[1].lora)
+    ml.unmerge_lora(ml.merge_lora(model))
+    assert np.array_equal(model[0].linear.weight.data, before)
+
+
+def test_a_subclass_of_linear_keeps_its_forward(rng):
+    class Twice(ml.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = ml.Sequential(Twice(4, 4, rng=0))
+    x = rng.standard_normal((50, 4))
+    before = model(x)
+    assert np.array_equal(ml.replace_linear_with_lora(model, 2, 4)(x), before)
+
+
+def test_bad_dropout_changes_nothing():
+    model = ml.GPT(tiny_config())
+    with pytest.raises(ValueError, match="dropout needs"):
+        ml.replace_linear_with_lora(model, 2, 4, dropout=1.5)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_same_call_again_leaves_what_was_unfrozen():
+    model = adapted(target_modules="q_proj")
+    model.lm_head.unfreeze()
+    ml.replace_linear_with_lora(model, 2, 4, target_modules="q_proj")
+    assert model.lm_head.weight.requires_grad
 
 
 def test_a_half_merged_model_is_left_alone():

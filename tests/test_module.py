@@ -178,6 +178,12 @@ def test_modules_hidden_in_a_list_are_an_error():
     assert Net([1, 2]).num_parameters() == 0
 
 
+@pytest.mark.parametrize("bad", [np.tanh, ml.GELU, None, [ml.GELU()]])
+def test_lists_of_modules_hold_modules_only(bad):
+    with pytest.raises(TypeError, match="module 1 of the list is no Module"):
+        ml.Sequential(ml.GELU(), bad)
+
+
 def test_rng_of_the_wrong_type():
     with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
         ml.Linear(2, 2, rng=-1)

@@ -62,6 +62,19 @@ def test_minimises_a_square(kind):
     assert p.grad is None and np.abs(p.data).max() < 0.01
 
 
+@pytest.mark.parametrize("kind", [ml.SGD, ml.AdamW])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(), (3,), (200, 200)])
+def test_any_memory_layout_is_updated(kind, order, shape):
+    p = ml.Parameter(np.ones(shape))
+    p.data = np.array(p.data, order=order)
+    p.accumulate(np.ones(shape))
+    assert ml.clip_grad_norm([p], 0.5) == pytest.approx(np.prod(shape) ** 0.5)
+    assert np.linalg.norm(p.grad) == pytest.approx(0.5)
+    kind([p], lr=0.1).step()
+    assert (p.data < 1).all()
+
+
 def test_nothing_is_allocated_for_the_frozen():
     trained, frozen = parameter([1.0], [1.0]), parameter([1.0] * 100)
     frozen.requires_grad = False
@@ -91,6 +104,11 @@ def test_parameter_groups():
         ([ml.Parameter([1])], {"lr": -1.0}, ValueError, "lr must be 0 or more"),
         ([ml.Parameter([1])], {"lr": math.nan}, ValueError, "lr must be"),
         ([ml.Parameter([1])], {"weight_decay": -1.0}, ValueError, "weight_decay"),
+        ([{"lr": 1.0}], {}, TypeError, 'iterable of "params"'),
+        (ml.Linear(2, 2), {}, TypeError, "iterable of Parameters, got one Linear"),
+        ([{"params": [ml.Parameter([1])], "betas": (0.9, 1.5)}], {}, ValueError, "got 1.5"),
+        ([ml.Parameter([1])], {"eps": -1.0}, ValueError, "eps must be"),
+        ([ml.Parameter([1])], {"lr": math.inf}, ValueError, "lr must be"),
         ([ml.Parameter([1])], {"betas": (0.9, 1.0)}, ValueError, "betas"),
     ],
 )

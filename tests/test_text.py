@@ -24,7 +24,7 @@ def test_tokenizer_names_what_it_does_not_know(bad, shown):
 
 @pytest.mark.parametrize("bad", [-1, 96])
 def test_decode_names_a_bad_id(bad):
-    with pytest.raises(ValueError, match=f"id {bad} is not in 0..95"):
+    with pytest.raises(ValueError, match=rf"id {bad} at \(1,\) is not in 0..95"):
         CharTokenizer().decode([0, bad])
 
 
@@ -94,6 +94,16 @@ def test_sequential_batches_cover_the_text_once():
     assert np.array_equal(np.concatenate([x.ravel() for x, _ in batches]), np.arange(100))
     limited = text.sequential_batches(np.arange(101), 2, 10, limit=2)
     assert [x[:, 0].tolist() for x, _ in limited] == [[0, 30], [60, 90]]
+
+
+def test_wrong_types_and_sizes():
+    with pytest.raises(TypeError, match="encode takes a str, got bytes"):
+        CharTokenizer().encode(b"a")
+    with pytest.raises(TypeError, match="integers"):
+        CharTokenizer().decode([1.5])
+    for sizes in ((0, 4), (4, 0)):
+        with pytest.raises(ValueError, match="must be 1 or more, got 0"):
+            text.sequential_batches(np.arange(50), *sizes)
 
 
 def test_texts_that_are_too_short():

@@ -80,6 +80,21 @@ def test_threads_and_ignored_targets(ids, ignored):
             parallel.loss_and_gradients(ids, np.full_like(targets, -100))
 
 
+def test_batches_may_be_lists(tiny_gpt, ids):
+    expected = evaluate(tiny_gpt, [(ids, ids), (ids[:1], ids[:1])])
+    lists = [(ids.tolist(), ids.tolist()), (ids[:1].tolist(), ids[:1].tolist())]
+    assert evaluate(tiny_gpt, lists, threads=2) == pytest.approx(expected, rel=1e-6)
+    optimizer = ml.SGD(tiny_gpt.parameters(), lr=0.0)
+    history = fit(tiny_gpt, lists[:1], optimizer, 1, threads=2, progress=False)
+    assert history.losses[0] == pytest.approx(evaluate(tiny_gpt, lists[:1]), rel=1e-6)
+
+
+def test_replicas_drop_different_things():
+    model = ml.GPT(tiny_config(dropout=0.5))
+    masks = [replicate(model).drop(np.ones((9, 9))) for _ in range(3)]
+    assert not np.array_equal(masks[0], masks[1]) and not np.array_equal(masks[1], masks[2])
+
+
 def test_threads_are_reproducible(ids):
     def run():
         model = ml.replace_linear_with_lora(ml.GPT(tiny_config(dropout=0.1)), 2, 4, rng=0)
