@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora import bench, compare
-from minilora.checkpoint import WEIGHTS, load_base, load_checkpoint
+from minilora.checkpoint import load_base, load_checkpoint
 from minilora.gpt import GPT, sample_tokens
 from minilora.interop import load_adapter
 from minilora.parallel import default_threads, keep_freed_memory, one_blas_thread
@@ -47,14 +47,15 @@ def compare_command(args: argparse.Namespace) -> None:
 
 def pretrain_command(args: argparse.Namespace) -> None:
     """Train a base model and say how its loss on held-out docs went."""
-    out = args.out or WEIGHTS / f"{args.model}.safetensors"
+    out = args.out or f"{args.model}.safetensors"
     history = pretrain(args.model, out, args.steps, args.seed, args.threads, not args.no_progress)
     if not history.steps:
         print("interrupted before the first step was done; nothing written")
         return
     for step, loss in zip(history.validation_steps, history.validation_losses, strict=True):
         print(f"step {step:5d}: {loss:.4f} nats per character on held-out docs")
-    print(f"{'interrupted; ' * history.interrupted}written to {out}")
+    print(f"interrupted; written to {out}.interrupted" if history.interrupted else
+          f"written to {out}")
 
 
 def load_model(name: str) -> GPT:
@@ -167,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=whole(1), help="training steps (default: the recipe's)")
     sub.add_argument("--seed", type=whole(0), default=0,
                      help="seed of weights and batches (default: 0)")
-    sub.add_argument("--out", help="file to write (default: the one in the package)")
+    sub.add_argument("--out", help="file to write (default: MODEL.safetensors)")
     training_options(sub)
 
     sub = command("generate", generate_command, "let a model write")

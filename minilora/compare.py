@@ -6,6 +6,7 @@ learning rate of its own, and everything that LoRA promises is measured on the w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import tempfile
@@ -133,6 +134,8 @@ def run_method(
         model, data, learning_rate, settings.steps, seed, settings.threads, progress,
         method_name(rank), validate_every=max(1, settings.steps // 6),
     )
+    if history.interrupted:  # half a run is no result, and must not replace a whole adapter
+        raise KeyboardInterrupt
     run = Run(
         method=method_name(rank), rank=rank, seed=seed, learning_rate=learning_rate,
         trainable=model.num_parameters(trainable_only=True), total=total,
@@ -180,15 +183,10 @@ def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[
     data = Data.for_context(base.config.context_length)
     docs_base = evaluate(base, data.docs_held_out, settings.threads)
     runs: list[Run] = []
-    for seed in range(settings.seeds):
-        for rank in (None, *settings.ranks):
-            run = run_method(settings, data, rank, seed, Path(out), progress)
-            if run.history.interrupted:
-                break
-            runs.append(run)
-        else:
-            continue
-        break
+    with contextlib.suppress(KeyboardInterrupt):
+        for seed in range(settings.seeds):
+            for rank in (None, *settings.ranks):
+                runs.append(run_method(settings, data, rank, seed, Path(out), progress))
     result = {
         "settings": asdict(settings), "docs_base": docs_base, "runs": [asdict(run) for run in runs]
     }

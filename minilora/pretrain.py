@@ -44,7 +44,8 @@ def pretrain(
 ) -> History:
     """Train the base model `name` on the docs corpus and write it to `out` in float16.
 
-    Ctrl-C writes what there is so far. ValueError for a name that has no recipe.
+    Ctrl-C writes what there is so far to `out` + ".interrupted", so that it never takes the place
+    of a whole model. ValueError for a name that has no recipe.
     """
     if name not in RECIPES:
         raise ValueError(f"there is a recipe for {', '.join(RECIPES)}; got {name!r}")
@@ -75,5 +76,6 @@ def pretrain(
         description=f"pretrain {name}",
     )
     if history.steps:
-        save_checkpoint(model, out, np.float16)
+        path = f"{out}.interrupted" if history.interrupted else out
+        save_checkpoint(model, path, np.float16)
     return history

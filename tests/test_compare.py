@@ -101,6 +101,14 @@ def test_ctrl_c_keeps_the_runs_that_are_whole(tmp_path, monkeypatch):
     numbers = compare.compare(TINY, tmp_path, progress=False)
     assert [run["method"] for run in numbers["runs"]] == ["full"] and len(calls) == 2
     assert "full" in compare.table(numbers)
+    assert not (tmp_path / "adapters").exists(), "of half a run nothing is kept"
+    monkeypatch.setattr(compare, "evaluate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare(TINY, tmp_path, progress=False)
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
 
 
 def test_smooth_is_a_running_mean():
