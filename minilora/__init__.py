@@ -1,6 +1,6 @@
 """minilora: low-rank adaptation from scratch in NumPy, every gradient derived by hand.
 
-Read the files in this order: module, functional, layers, attention, gpt, lora.
+Read the files in this order: lora, then module, functional, layers, attention, gpt.
 """
 
 from minilora.attention import CausalSelfAttention

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from minilora.checks import check_sizes
 from minilora.functional import attention_weights, causal_attention, causal_attention_backward
 from minilora.layers import Dropout, Linear, Rng
-from minilora.module import Module, check_sizes, make_rng
+from minilora.module import Module, make_rng
 
 
 class CausalSelfAttention(Module):

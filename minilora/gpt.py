@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from minilora.attention import CausalSelfAttention
+from minilora.checks import check_dout, check_dropout, check_sizes
 from minilora.functional import matmul, token_ids, weight_grad
 from minilora.layers import (
     GELU,
@@ -23,14 +24,11 @@ from minilora.layers import (
     LayerNorm,
     Linear,
     Rng,
-    check_dout,
-    check_dropout,
 )
 from minilora.module import (
     Module,
     ModuleList,
     backward_through,
-    check_sizes,
     float_dtype,
     make_rng,
 )

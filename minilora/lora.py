@@ -26,17 +26,15 @@ from typing import Any
 
 import numpy as np
 
+from minilora.checks import check_dout, check_dropout, check_sizes, check_width
 from minilora.functional import matmul, weight_grad
 from minilora.layers import (
     Dropout,
     Linear,
     Rng,
-    check_dout,
-    check_dropout,
-    check_width,
     kaiming_uniform,
 )
-from minilora.module import Module, Parameter, check_sizes, closest, make_rng
+from minilora.module import Module, Parameter, closest, make_rng
 
 SCALINGS = {
     "alpha": lambda alpha, rank: alpha,  # the first tutorials and their books

@@ -33,15 +33,6 @@ def make_rng(rng: np.random.Generator | int | None) -> np.random.Generator:
     raise TypeError(f"rng must be a numpy Generator, an int or None, got {type(rng).__name__}")
 
 
-def check_sizes(owner: str, **sizes: Any) -> None:
-    """Raise TypeError or ValueError unless every size is a whole number of 1 or more."""
-    for name, size in sizes.items():
-        if not isinstance(size, (int, np.integer)) or isinstance(size, bool):
-            raise TypeError(f"{owner}: {name} must be a whole number, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{owner}: {name} must be 1 or more, got {size}")
-
-
 def closest(name: str, known: Any) -> str:
     """Return ``; did you mean 'x'?`` for the known name nearest to `name`, or nothing."""
     match = difflib.get_close_matches(name, list(known), n=1)

@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from minilora.checks import check_sizes
 from minilora.functional import IGNORE_INDEX, cross_entropy
-from minilora.module import Module, check_sizes
+from minilora.module import Module
 
 
 def default_threads() -> int:

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from minilora.checks import check_sizes
 from minilora.functional import token_ids
 from minilora.layers import Rng
-from minilora.module import check_sizes, make_rng
+from minilora.module import make_rng
 
 CODE_MODULES = (
     "argparse", "ast", "bisect", "calendar", "collections", "configparser", "copy", "csv",

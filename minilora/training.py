@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from minilora.checkpoint import write_atomically
-from minilora.module import Module, check_sizes
+from minilora.checks import check_sizes
+from minilora.module import Module
 from minilora.optim import Optimizer, clip_grad_norm
 from minilora.parallel import DataParallel, keep_freed_memory
 
