@@ -398,6 +398,12 @@ def test_a_subclass_of_linear_keeps_its_forward(rng):
     assert np.array_equal(ml.replace_linear_with_lora(model, 2, 4)(x), before)
 
 
+def test_a_model_in_eval_mode_stays_in_eval_mode():
+    model = ml.GPT(tiny_config()).eval()
+    ml.replace_linear_with_lora(model, 2, 4, dropout=0.5)
+    assert not any(module.training for _, module in model.named_modules())
+
+
 def test_bad_dropout_changes_nothing():
     model = ml.GPT(tiny_config())
     with pytest.raises(ValueError, match="dropout needs"):
