@@ -1,8 +1,125 @@
-"""Counting: FLOPs of a training step, by formula. One multiply-add counts as two FLOPs."""
+"""Counting by formula, without building anything: parameters of models and of LoRA, and FLOPs.
+
+A model as large as GPT-3 can be counted on a laptop, since nothing but its shapes is needed.
+One multiply-add counts as two FLOPs.
+"""
 
 from __future__ import annotations
 
-from minilora.gpt import GPTConfig
+from dataclasses import dataclass
+
+from minilora.gpt import GPT2_SIZES, GPTConfig
+from minilora.lora import check_hyperparameters, match_names
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shapes of a transformer, as far as counting needs them.
+
+    n_layers   how many layers there are
+    linears    {name: (in_features, out_features)} of one layer
+    bias       whether these have biases
+    other      all parameters outside them: embeddings, norms, head
+    source     where the sizes were published
+    """
+
+    n_layers: int
+    linears: dict[str, tuple[int, int]]
+    bias: bool
+    other: int
+    source: str
+
+    @property
+    def num_parameters(self) -> int:
+        """Count every parameter of the model."""
+        per_layer = sum(m * n + n * self.bias for m, n in self.linears.values())
+        return self.n_layers * per_layer + self.other
+
+    def lora_parameters(
+        self, rank: int, target_modules: str | list[str] | None = None
+    ) -> int:
+        """Count A and B on the targets: rank * (in + out) for each matrix in each layer.
+
+        Hu et al. 2021, section 4.2. Targets are names or globs, None is every linear of the
+        layers (not the head). ValueError for a rank below 1 or a target that fits none.
+        """
+        check_hyperparameters(rank)
+        names = match_names(list(self.linears), target_modules)
+        return self.n_layers * sum(rank * sum(self.linears[name]) for name in names)
+
+
+def attention_and_mlp(d: int, d_kv: int, **mlp: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """Return the linears of a layer: q, k, v, o with keys and values of width d_kv, and an MLP."""
+    return {"q_proj": (d, d), "k_proj": (d, d_kv), "v_proj": (d, d_kv), "o_proj": (d, d)} | mlp
+
+
+def gpt_architecture(config: GPTConfig, source: str = "") -> Architecture:
+    """Return the shapes of a GPT as `GPT(config)` would have them."""
+    d, v = config.d_model, config.vocab_size
+    norm = d * (1 + config.bias)
+    other = (v + config.context_length) * d + (2 * config.n_layers + 1) * norm
+    other += 0 if config.tie_weights else v * d
+    linears = attention_and_mlp(d, d, up_proj=(d, 4 * d), down_proj=(4 * d, d))
+    return Architecture(config.n_layers, linears, config.bias, other, source)
+
+
+def bert_architecture(
+    n_layers: int, d: int, vocab_size: int, positions: int, source: str
+) -> Architecture:
+    """Return the shapes of RoBERTa: embeddings (one token type) and their norm, layers, pooler."""
+    other = (vocab_size + positions + 1) * d + 2 * d + n_layers * 4 * d + d * d + d
+    linears = attention_and_mlp(d, d, up_proj=(d, 4 * d), down_proj=(4 * d, d))
+    return Architecture(n_layers, linears, True, other, source)
+
+
+def llama_architecture(
+    n_layers: int, d: int, d_kv: int, hidden: int, vocab_size: int, tied: bool, source: str
+) -> Architecture:
+    """Return the shapes of a Llama: gated MLP, no biases, norms with a weight only."""
+    other = vocab_size * d * (1 if tied else 2) + (2 * n_layers + 1) * d
+    mlp = {"gate_proj": (d, hidden), "up_proj": (d, hidden), "down_proj": (hidden, d)}
+    return Architecture(n_layers, attention_and_mlp(d, d_kv, **mlp), False, other, source)
+
+
+PUBLISHED: dict[str, Architecture] = {
+    f"gpt2-{size}": gpt_architecture(
+        GPTConfig.gpt2(size), "Radford et al. 2019, table 2 and the released weights"
+    )
+    for size in GPT2_SIZES
+} | {
+    "gpt3-175b": gpt_architecture(
+        GPTConfig(50257, 2048, 12288, 96, 96, tie_weights=True), "Brown et al. 2020, table 2.1"
+    ),
+    "roberta-base": bert_architecture(12, 768, 50265, 514, "Liu et al. 2019, appendix, table 9"),
+    "roberta-large": bert_architecture(24, 1024, 50265, 514, "Liu et al. 2019, appendix, table 9"),
+    "llama-2-7b": llama_architecture(
+        32, 4096, 4096, 11008, 32000, False, "Touvron et al. 2023, and the released configuration"
+    ),
+    "llama-3.1-8b": llama_architecture(
+        32, 4096, 1024, 14336, 128256, False, "Dubey et al. 2024, table 3, released configuration"
+    ),
+    "smollm2-135m": llama_architecture(
+        30, 576, 192, 1536, 49152, True, "Allal et al. 2025, and the released configuration"
+    ),
+}
+
+
+def adapter_h_parameters(n_adapters: int, d: int, r: int) -> int:
+    """Count the adapters of Houlsby et al. 2019: n (2 d r + r + d), Hu et al. 2021, section 5.1.
+
+    Two layers, (d, r) and (r, d), with their biases. (Norms that are trained as well are left
+    out, as in the GPT-3 rows of the LoRA paper's tables.)
+    """
+    return n_adapters * (2 * d * r + r + d)
+
+
+def prefix_parameters(d: int, tokens: int, n_layers: int = 1) -> int:
+    """Count prefix tuning: d numbers for each of the `tokens`, in the embedding or in each layer.
+
+    Hu et al. 2021, section 5.1: d (l_p + l_i) for prefix-embedding tuning (n_layers 1), and L
+    times that for prefix-layer tuning.
+    """
+    return n_layers * d * tokens
 
 
 def linear_flops(in_features: int, out_features: int, rows: int, rank: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `minilora compare | pretrain | generate | bench`."""
+"""The command line: `minilora compare | pretrain | generate | count | bench`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora import bench, compare
+from minilora.accounting import PUBLISHED
 from minilora.checkpoint import load_base, load_checkpoint
 from minilora.gpt import GPT, sample_tokens
 from minilora.interop import load_adapter
@@ -78,6 +79,27 @@ def generate_command(args: argparse.Namespace) -> None:
     for token in tokens:
         print(tokenizer.decode(token), end="", flush=True)
     print()
+
+
+def count_command(args: argparse.Namespace) -> None:
+    """Print what a published model and LoRA on it have, by formula."""
+    if args.model not in PUBLISHED:
+        raise ValueError(f"{args.model!r} is not among {', '.join(PUBLISHED)}")
+    architecture = PUBLISHED[args.model]
+    targets = list(args.target_modules) if args.target_modules else None
+    total = architecture.num_parameters
+    lora = architecture.lora_parameters(args.rank, targets)
+    rows = {
+        f"{args.model} ({architecture.source})": f"{total:,} parameters",
+        f"LoRA r={args.rank} on {', '.join(targets or architecture.linears)}":
+            f"{lora:,} parameters, {lora / total:.4%}",
+        "gradients and AdamW moments in float32, full": f"{12 * total:,} bytes",
+        "gradients and AdamW moments in float32, LoRA": f"{12 * lora:,} bytes",
+        "one task on disk in float16, full": f"{2 * total:,} bytes",
+        "one task on disk in float16, LoRA": f"{2 * lora:,} bytes",
+    }
+    for name, value in rows.items():
+        print(f"{name}: {value}")
 
 
 def bench_command(args: argparse.Namespace) -> None:
@@ -183,6 +205,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=whole(1), default=20,
                      help="draw among the k likeliest (default: 20)")
     sub.add_argument("--seed", type=whole(0), default=0, help="seed of the draws (default: 0)")
+
+    sub = command("count", count_command, "count the parameters of a published model and of LoRA")
+    sub.add_argument("model", help=f"one of {', '.join(PUBLISHED)}")
+    sub.add_argument("--rank", type=whole(1), default=8, help="LoRA rank (default: 8)")
+    sub.add_argument("--target-modules", type=names, metavar="q_proj,v_proj",
+                     help="names or globs of the layers to adapt (default: all in the blocks)")
 
     sub = command("bench", bench_command, "time training steps on one thread")
     sub.add_argument("--sizes", type=names, default=tuple(bench.SIZES), metavar="XS,S,M,L",

@@ -305,9 +305,17 @@ def find_targets(model: Module, target_modules: str | list[str] | None = None) -
     }
     if not known:
         raise ValueError(f"{type(model).__name__} has no Linear layer to adapt")
-    plain = {path: module for path, module in known.items() if path not in wrapped}
+    names = match_names(list(known), target_modules)
+    return {name: known[name] for name in names if name not in wrapped}
+
+
+def match_names(known: list[str], target_modules: str | list[str] | None) -> list[str]:
+    """Return the names, of those known, that a target fits; all where there is no target.
+
+    ValueError that lists what there is where a target fits none, TypeError for other than text.
+    """
     if target_modules is None:
-        return plain
+        return known
     patterns = target_modules if isinstance(target_modules, (list, tuple)) else [target_modules]
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -316,11 +324,8 @@ def find_targets(model: Module, target_modules: str | list[str] | None = None) -
         raise ValueError("target_modules is empty: name a layer, or pass None for every Linear")
     for pattern in patterns:
         if not any(_fits(path, pattern) for path in known):
-            raise ValueError(_no_such_target(pattern, list(known)))
-    return {
-        path: linear for path, linear in plain.items()
-        if any(_fits(path, pattern) for pattern in patterns)
-    }
+            raise ValueError(_no_such_target(pattern, known))
+    return [path for path in known if any(_fits(path, pattern) for pattern in patterns)]
 
 
 def _fits(path: str, pattern: str) -> bool:
@@ -336,7 +341,9 @@ def _no_such_target(pattern: str, paths: list[str]) -> str:
     )
 
 
-def check_hyperparameters(rank: int, alpha: float, scaling: str, init: str) -> None:
+def check_hyperparameters(
+    rank: int, alpha: float = 1.0, scaling: str = "alpha/r", init: str = "fan-in"
+) -> None:
     """Raise TypeError or ValueError that says which of them cannot be, and what could."""
     if not isinstance(rank, (int, np.integer)) or isinstance(rank, bool):
         raise TypeError(f"rank must be a whole number, got {rank!r}")

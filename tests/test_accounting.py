@@ -4,7 +4,71 @@ from conftest import tiny_config
 
 import minilora as ml
 from minilora import functional
-from minilora.accounting import linear_flops, training_flops
+from minilora.accounting import (
+    PUBLISHED,
+    adapter_h_parameters,
+    gpt_architecture,
+    linear_flops,
+    prefix_parameters,
+    training_flops,
+)
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"], "*_proj", ["up_proj"]])
+def test_counts_are_those_of_a_built_model(tie_weights, bias, targets):
+    config = tiny_config(tie_weights=tie_weights, bias=bias)
+    architecture, model = gpt_architecture(config), ml.GPT(config)
+    assert architecture.num_parameters == model.num_parameters()
+    in_blocks = ["h.*"] if targets is None else targets
+    ml.replace_linear_with_lora(model, 3, 6, in_blocks)
+    expected = model.num_parameters(trainable_only=True)
+    assert architecture.lora_parameters(3, targets) == expected
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("gpt2-small", 124_439_808), ("gpt2-xl", 1_557_611_200), ("gpt3-175b", 174_604_259_328),
+        ("roberta-base", 124_645_632), ("roberta-large", 355_359_744),
+        ("llama-2-7b", 6_742_609_920 - 4_194_304), ("llama-3.1-8b", 8_030_261_248),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_published_parameter_counts(name, count):
+    assert PUBLISHED[name].num_parameters == count
+
+
+Q_V, ALL_FOUR = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize(
+    "name, rank, targets, count",
+    [
+        ("gpt3-175b", 1, Q_V, 4_718_592), ("gpt3-175b", 8, Q_V, 37_748_736),
+        ("gpt3-175b", 4, ALL_FOUR, 37_748_736), ("gpt3-175b", 64, Q_V, 301_989_888),
+        ("gpt3-175b", 4, Q_V, 18_874_368), ("roberta-base", 8, Q_V, 294_912),
+        ("roberta-large", 8, Q_V, 786_432), ("llama-2-7b", 8, Q_V, 4_194_304),
+        ("gpt2-medium", 4, Q_V, 393_216), ("gpt2-large", 4, Q_V, 737_280),
+    ],
+)
+def test_lora_counts_of_the_paper(name, rank, targets, count):
+    """Hu et al. 2021, tables 2 to 6. The paper prints 0.35M and 0.77M for the last two."""
+    assert PUBLISHED[name].lora_parameters(rank, targets) == count
+
+
+def test_other_methods_of_the_paper():
+    assert adapter_h_parameters(192, 12288, 1) == 7_078_080
+    assert prefix_parameters(12288, 256 + 8) == 3_244_032
+    assert prefix_parameters(12288, 8 + 8, n_layers=96) == 18_874_368
+
+
+def test_bad_counts():
+    with pytest.raises(ValueError, match="did you mean 'q_proj'"):
+        PUBLISHED["gpt3-175b"].lora_parameters(8, ["q_porj"])
+    with pytest.raises(ValueError, match="rank must be 1 or more, got 0"):
+        PUBLISHED["gpt3-175b"].lora_parameters(0)
 
 
 @pytest.mark.parametrize("width, ratio", [(768, 0.69), (64, 0.92), (32, 1.17)])

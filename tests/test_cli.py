@@ -38,6 +38,8 @@ def test_compare_prints_the_table_and_writes_all(tmp_path, capsys):
         (["generate", "--base", "no/such.safetensors"], "no/such.safetensors"),
         (["generate", "--base", __file__], "header claims"),
         (["pretrain", "--steps", "1", "--out", "."], ". is a directory"),
+        (["count", "gpt5"], "'gpt5' is not among gpt2-small"),
+        (["count", "gpt2-xl", "--target-modules", "qproj"], "did you mean 'q_proj'"),
         (["bench", "--sizes", "XXL"], "XS, S, M, L, got 'XXL'"),
     ],
 )
@@ -94,6 +96,12 @@ def test_pretraining_that_is_interrupted_keeps_what_was_done(tmp_path, monkeypat
     assert main(["pretrain", "--model", "small", "--out", str(out), "--no-progress"]) == 0
     assert "interrupted; written to" in capsys.readouterr().out and not out.exists()
     assert checkpoint.load_checkpoint(f"{out}.interrupted").num_parameters() == 110_336
+
+
+def test_count_prints_the_paper_s_number(capsys):
+    assert main(["count", "gpt3-175b", "--rank", "4", "--target-modules", "q_proj,v_proj"]) == 0
+    out = capsys.readouterr().out
+    assert "18,874,368 parameters, 0.0108%" in out and "LoRA: 37,748,736 bytes" in out
 
 
 def test_bench_prints_every_size_and_method(capsys):
