@@ -230,6 +230,19 @@ def load_checkpoint(path: str | Path, dtype: Any = np.float32) -> GPT:
     return model
 
 
+def describe_checkpoint(path: str | Path) -> str:
+    """Say what is in a safetensors file: configuration if it has one, arrays and their sizes."""
+    tensors, metadata = load_safetensors(path), load_metadata(path)
+    count = sum(array.size for array in tensors.values())
+    lines = [
+        f"safetensors file: {len(tensors)} arrays, {count:,} numbers, "
+        f"{os.stat(path).st_size:,} bytes"
+    ]
+    lines += [f"{key}: {value}" for key, value in metadata.items()]
+    lines += [f"  {name}: {array.shape} {array.dtype}" for name, array in tensors.items()]
+    return "\n".join(lines)
+
+
 def _check_sizes(config: GPTConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """See that the file really holds the sizes it claims, before a model is built from them."""
     expected = {

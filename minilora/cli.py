@@ -1,4 +1,4 @@
-"""The command line: `minilora compare | pretrain | generate | count | bench`."""
+"""The command line: `minilora compare | pretrain | generate | info | ...`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from typing import Any
 
 from minilora import bench, compare
 from minilora.accounting import PUBLISHED
-from minilora.checkpoint import load_base, load_checkpoint
+from minilora.checkpoint import (
+    describe_checkpoint,
+    load_base,
+    load_checkpoint,
+    save_checkpoint,
+)
 from minilora.gpt import GPT, sample_tokens
-from minilora.interop import load_adapter
+from minilora.interop import CONFIG_FILE, WEIGHTS_FILE, describe_adapter, load_adapter
+from minilora.lora import merge_lora
 from minilora.parallel import default_threads, keep_freed_memory, one_blas_thread
 from minilora.pretrain import RECIPES, pretrain
 from minilora.text import CharTokenizer
@@ -79,6 +85,20 @@ def generate_command(args: argparse.Namespace) -> None:
     for token in tokens:
         print(tokenizer.decode(token), end="", flush=True)
     print()
+
+
+def info_command(args: argparse.Namespace) -> None:
+    """Print what is in an adapter or a checkpoint."""
+    path = Path(args.path)
+    is_adapter = path.is_dir() or path.name in (CONFIG_FILE, WEIGHTS_FILE)
+    print(describe_adapter(path) if is_adapter else describe_checkpoint(path))
+
+
+def merge_command(args: argparse.Namespace) -> None:
+    """Merge an adapter into a base for good, and write a plain checkpoint."""
+    model = load_adapter(load_model(args.base), args.adapter)
+    save_checkpoint(merge_lora(model, unload=True), args.out)
+    print(f"written to {args.out}: {model.num_parameters():,} parameters, nothing left of A and B")
 
 
 def count_command(args: argparse.Namespace) -> None:
@@ -205,6 +225,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=whole(1), default=20,
                      help="draw among the k likeliest (default: 20)")
     sub.add_argument("--seed", type=whole(0), default=0, help="seed of the draws (default: 0)")
+
+    sub = command("info", info_command, "say what is in an adapter or a checkpoint")
+    sub.add_argument("path", help="folder of an adapter, or a safetensors file")
+
+    sub = command("merge", merge_command, "merge an adapter into a base for good")
+    sub.add_argument("base", help="base, small, or the path of a checkpoint")
+    sub.add_argument("adapter", help="folder of an adapter")
+    sub.add_argument("out", help="checkpoint to write, in float32")
 
     sub = command("count", count_command, "count the parameters of a published model and of LoRA")
     sub.add_argument("model", help=f"one of {', '.join(PUBLISHED)}")

@@ -21,7 +21,7 @@ from minilora.checkpoint import (
     write_atomically,
 )
 from minilora.layers import Linear
-from minilora.lora import LinearWithLoRA, freeze_base, lora_layers
+from minilora.lora import SCALINGS, LinearWithLoRA, freeze_base, lora_layers
 from minilora.module import Module, closest, make_rng
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -83,10 +83,7 @@ def load_adapter(model: Module, path: str | Path) -> Module:
     not fit the model, with all the names and shapes that differ.
     """
     _refuse_bare(model)
-    folder = Path(path)
-    folder = folder.parent if folder.is_file() else folder
-    settings = _read_config(folder / CONFIG_FILE)
-    factors = _read_factors(folder / WEIGHTS_FILE, settings["rank"])
+    settings, factors = read_adapter(path)
     modules = dict(model.named_modules())
     names = [name for name, m in modules.items() if isinstance(m, (Linear, LinearWithLoRA))]
     faults = []
@@ -108,7 +105,7 @@ def load_adapter(model: Module, path: str | Path) -> Module:
         for name, _ in lora_layers(model) if name not in factors
     ]
     if faults:
-        raise CheckpointError(f"{folder} does not fit the model: " + "; ".join(faults))
+        raise CheckpointError(f"{path} does not fit the model: " + "; ".join(faults))
     rng = make_rng(0)
     for name, (a, b) in factors.items():
         layer = modules[name]
@@ -123,6 +120,42 @@ def load_adapter(model: Module, path: str | Path) -> Module:
         setattr(modules[parent], child, new.train(linear.training))
     freeze_base(model)
     return model
+
+
+def read_adapter(
+    path: str | Path,
+) -> tuple[dict[str, Any], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Read an adapter without a model: its settings and {layer: (A (in, r), B (r, out))}.
+
+    `path` is the folder or one of its two files. CheckpointError where they are not sound.
+    """
+    folder = Path(path)
+    folder = folder.parent if folder.is_file() else folder
+    settings = _read_config(folder / CONFIG_FILE)
+    return settings, _read_factors(folder / WEIGHTS_FILE, settings["rank"])
+
+
+def describe_adapter(path: str | Path) -> str:
+    """Say what is in an adapter: its settings, and for each layer shapes and size of its update.
+
+    The size is the Frobenius norm of scale * A B, by the (r, r) products AᵀA and BBᵀ, so that
+    the update itself, as large as the weight, need not be formed.
+    """
+    settings, factors = read_adapter(path)
+    scale = SCALINGS[settings["scaling"]](settings["alpha"], settings["rank"])
+    count = sum(a.size + b.size for a, b in factors.values())
+    lines = [
+        f"LoRA adapter: rank {settings['rank']}, alpha {settings['alpha']}, scaling "
+        f"{settings['scaling']} = {scale:g}, dropout {settings['dropout']:g}",
+        f"{len(factors)} layers, {count:,} parameters, "
+        f"{sum(a.nbytes + b.nbytes for a, b in factors.values()):,} bytes",
+        "norm of the update, scale * A B, by layer:",
+    ]
+    for name, (a, b) in factors.items():
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        norm = scale * np.sqrt(max(0.0, ((a.T @ a) * (b @ b.T)).sum()))
+        lines.append(f"  {name}: {norm:.4g}  ({a.shape[0]}, {b.shape[1]})")
+    return "\n".join(lines)
 
 
 def _refuse_bare(model: Module) -> None:

@@ -194,6 +194,25 @@ class Module(metaclass=_Sealed):
                 return True
         return False
 
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, in the words of PEFT's method of this name."""
+        trainable, total = self.num_parameters(trainable_only=True), self.num_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || "
+              f"trainable%: {100 * trainable / max(1, total):.4f}")
+
+    def summary(self) -> None:
+        """Print a table: every parameter with its shape, size, and whether it is trained."""
+        rows = [
+            (name, str(p.shape), f"{p.size:,}", "" if p.requires_grad else "frozen")
+            for name, p in self.named_parameters()
+        ]
+        trainable = self.num_parameters(trainable_only=True)
+        rows.append(("total", "", f"{self.num_parameters():,}", f"{trainable:,} trainable"))
+        rows.insert(0, ("parameter", "shape", "numbers", ""))
+        name, shape, size = (max(len(row[i]) for row in rows) for i in range(3))
+        for row in rows:
+            print(f"{row[0]:{name}}  {row[1]:{shape}}  {row[2]:>{size}}  {row[3]}".rstrip())
+
     # What is done to the whole tree.
     def zero_grad(self) -> None:
         """Forget every gradient (`.grad = None`)."""

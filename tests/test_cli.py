@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+import minilora as ml
 from minilora import bench, checkpoint, cli, pretrain
 from minilora.cli import main
 
@@ -38,6 +39,8 @@ def test_compare_prints_the_table_and_writes_all(tmp_path, capsys):
         (["generate", "--base", "no/such.safetensors"], "no/such.safetensors"),
         (["generate", "--base", __file__], "header claims"),
         (["pretrain", "--steps", "1", "--out", "."], ". is a directory"),
+        (["info", "no/such"], "no/such"), (["info", "."], "adapter_config.json"),
+        (["info", __file__], "header claims"), (["merge", "small", "no/such", "x"], "no/such"),
         (["count", "gpt5"], "'gpt5' is not among gpt2-small"),
         (["count", "gpt2-xl", "--target-modules", "qproj"], "did you mean 'q_proj'"),
         (["bench", "--sizes", "XXL"], "XS, S, M, L, got 'XXL'"),
@@ -96,6 +99,27 @@ def test_pretraining_that_is_interrupted_keeps_what_was_done(tmp_path, monkeypat
     assert main(["pretrain", "--model", "small", "--out", str(out), "--no-progress"]) == 0
     assert "interrupted; written to" in capsys.readouterr().out and not out.exists()
     assert checkpoint.load_checkpoint(f"{out}.interrupted").num_parameters() == 110_336
+
+
+def test_info_and_merge(tmp_path, capsys):
+    model = ml.replace_linear_with_lora(ml.load_base("small"), 2, 4, "v_proj", rng=0)
+    layer = model.h[1].attn.v_proj
+    layer.lora.B.data += np.random.default_rng(0).standard_normal((2, 64))
+    ml.save_adapter(model, tmp_path / "task")
+    merged = str(tmp_path / "merged.safetensors")
+    assert main(["info", str(tmp_path / "task")]) == 0
+    out = capsys.readouterr().out
+    assert "rank 2, alpha 4, scaling alpha/r = 2" in out and "2 layers, 512 parameters" in out
+    norm = np.linalg.norm(layer.lora.delta_weight())
+    assert f"h.1.attn.v_proj: {norm:.4g}  (64, 64)" in out and "h.0.attn.v_proj: 0  " in out
+
+    assert main(["merge", "small", str(tmp_path / "task"), merged]) == 0
+    assert "110,336 parameters" in capsys.readouterr().out
+    ids = np.arange(20)[None]
+    np.testing.assert_allclose(ml.load_checkpoint(merged)(ids), model(ids), atol=1e-5)
+    assert main(["info", merged]) == 0
+    out = capsys.readouterr().out
+    assert "36 arrays, 110,336 numbers" in out and '"d_model": 64' in out
 
 
 def test_count_prints_the_paper_s_number(capsys):

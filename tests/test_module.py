@@ -150,6 +150,27 @@ def test_printing_shows_the_tree(tiny_gpt):
     assert text.count("(") == text.count(")")
 
 
+def test_counts_are_printed_as_peft_does(capsys):
+    model = ml.Sequential(ml.Linear(4, 5).freeze(), ml.Linear(5, 2, bias=False))
+    model.print_trainable_parameters()
+    expected = "trainable params: 10 || all params: 35 || trainable%: 28.5714\n"
+    assert capsys.readouterr().out == expected
+    ml.Sequential().print_trainable_parameters()
+    assert "all params: 0 || trainable%: 0.0000" in capsys.readouterr().out
+
+
+def test_summary_lists_every_parameter(capsys):
+    ml.replace_linear_with_lora(ml.Sequential(ml.Linear(400, 5)), 2, 4).summary()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["0.linear.weight", "(400,", "5)", "2,000", "frozen"],
+        ["0.linear.bias", "(5,)", "5", "frozen"],
+        ["0.lora.A", "(400,", "2)", "800"],
+        ["0.lora.B", "(2,", "5)", "10"],
+        ["total", "2,815", "810", "trainable"],
+    ]
+
+
 def test_deepcopy_is_independent(tiny_gpt, ids):
     twin = copy.deepcopy(tiny_gpt)
     twin.wte.weight.data += 1
