@@ -15,7 +15,7 @@ from minilora.checkpoint import (
 from minilora.functional import cross_entropy
 from minilora.gpt import GPT, MLP, Block, GPTConfig, generate
 from minilora.gradcheck import gradcheck
-from minilora.interop import load_adapter, save_adapter
+from minilora.interop import from_hf_gpt2, load_adapter, save_adapter, to_hf_gpt2
 from minilora.layers import GELU, Dropout, Embedding, LayerNorm, Linear
 from minilora.lora import (
     LinearWithLoRA,
@@ -37,8 +37,8 @@ __all__ = [
     "GELU", "GPT", "MLP", "SGD", "AdamW", "Block", "CausalSelfAttention", "CharTokenizer",
     "CheckpointError", "Dropout", "Embedding", "GPTConfig", "History", "LayerNorm", "Linear",
     "LinearWithLoRA", "LoRALayer", "Module", "ModuleList", "Parameter", "Sequential",
-    "clip_grad_norm", "cosine_schedule", "cross_entropy", "evaluate", "fit", "generate",
-    "gradcheck", "load_adapter", "load_base", "load_checkpoint", "load_safetensors",
+    "clip_grad_norm", "cosine_schedule", "cross_entropy", "evaluate", "fit", "from_hf_gpt2",
+    "generate", "gradcheck", "load_adapter", "load_base", "load_checkpoint", "load_safetensors",
     "lora_state_dict", "merge_lora", "remove_lora", "replace_linear_with_lora", "save_adapter",
-    "save_checkpoint", "save_safetensors", "unmerge_lora",
+    "save_checkpoint", "save_safetensors", "to_hf_gpt2", "unmerge_lora",
 ]

@@ -197,12 +197,8 @@ def save_checkpoint(model: GPT, path: str | Path, dtype: Any = None) -> None:
     (they are stored by `save_adapter`) or another head than its configuration says, or where a
     number does not fit the dtype.
     """
+    check_plain(model)
     tensors = model.state_dict()
-    if any(".lora." in name for name in tensors):
-        raise ValueError("the model has LoRA layers: store them with save_adapter, or remove_lora")
-    c, head = model.config, tensors.get("lm_head.weight")
-    if "lm_head.bias" in tensors or head is not None and head.shape != (c.d_model, c.vocab_size):
-        raise ValueError("the head of the model was replaced; a checkpoint is of a whole GPT")
     if dtype is not None:
         if np.dtype(dtype).kind != "f":
             raise TypeError(f"a checkpoint holds floating-point numbers, not {np.dtype(dtype)}")
@@ -215,13 +211,24 @@ def save_checkpoint(model: GPT, path: str | Path, dtype: Any = None) -> None:
     save_safetensors(path, tensors, {"config": json.dumps(asdict(model.config))})
 
 
+def check_plain(model: GPT) -> None:
+    """Raise ValueError unless the model has no LoRA layers and the head of its configuration."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    if any(".lora." in name for name in shapes):
+        raise ValueError("the model has LoRA layers: store them with save_adapter, or remove_lora")
+    c, head = model.config, shapes.get("lm_head.weight")
+    expected = None if c.tie_weights else (c.d_model, c.vocab_size)
+    if "lm_head.bias" in shapes or head != expected:
+        raise ValueError("the head of the model was replaced; a checkpoint is of a whole GPT")
+
+
 def load_checkpoint(path: str | Path, dtype: Any = np.float32) -> GPT:
     """Build the GPT that `save_checkpoint` wrote. CheckpointError where the file is not one."""
     dtype = float_dtype(dtype)
     tensors = load_safetensors(path)
     try:
         config = GPTConfig(**json.loads(load_metadata(path)["config"]))
-        _check_sizes(config, {name: array.shape for name, array in tensors.items()})
+        check_checkpoint_sizes(config, {name: array.shape for name, array in tensors.items()})
         model = GPT(config, dtype=dtype)
         model.load_state_dict(tensors)
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
@@ -243,7 +250,7 @@ def describe_checkpoint(path: str | Path) -> str:
     return "\n".join(lines)
 
 
-def _check_sizes(config: GPTConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+def check_checkpoint_sizes(config: GPTConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """See that the file really holds the sizes it claims, before a model is built from them."""
     expected = {
         "wte.weight": (config.vocab_size, config.d_model),

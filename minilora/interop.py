@@ -1,8 +1,9 @@
-"""Adapters on disk, in the layout of PEFT, so that there is one format and not two.
+"""To and from Hugging Face: PEFT's adapters and transformers' GPT-2, without torch.
 
-A folder holds `adapter_config.json` (rank, alpha, targets) and `adapter_model.safetensors`
-with, for each adapted layer, two arrays: lora_A.weight (r, in) and lora_B.weight (out, r).
-Those are the transposes of our A and B, and this is the one file where anything is transposed.
+Adapters are stored in the layout of PEFT, so that there is one format and not two. A folder
+holds `adapter_config.json` (rank, alpha, targets) and `adapter_model.safetensors` with, for each
+adapted layer, two arrays: lora_A.weight (r, in) and lora_B.weight (out, r). Those are the
+transposes of our A and B, and this is the one file where anything is transposed.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import numpy as np
 
 from minilora.checkpoint import (
     CheckpointError,
+    check_checkpoint_sizes,
+    check_plain,
     load_safetensors,
     save_safetensors,
     write_atomically,
 )
+from minilora.gpt import GPT, GPTConfig
 from minilora.layers import Linear
 from minilora.lora import SCALINGS, LinearWithLoRA, freeze_base, lora_layers
-from minilora.module import Module, closest, make_rng
+from minilora.module import Module, closest, float_dtype, make_rng
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -165,11 +169,8 @@ def _refuse_bare(model: Module) -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """Return rank, alpha, scaling and dropout; what cannot be honoured is an error."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    config = _read_json(path)
+    if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} does not describe a LoRA adapter (peft_type LORA)")
     for key, neutral in UNSUPPORTED.items():
         if key in config and config[key] not in neutral:
@@ -216,3 +217,140 @@ def _read_factors(path: Path, rank: int) -> dict[str, tuple[np.ndarray, np.ndarr
     if not factors:
         raise CheckpointError(f"{path} holds no LoRA factors")
     return factors
+
+
+# ---- GPT-2 checkpoints of transformers. Its Conv1D stores weights (in, out), as we do; q, k and
+# v stand side by side in one matrix, c_attn (d, 3d).
+
+HF_NAMES = {
+    "attn.c_proj": "attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
+    "ln_1": "ln_1", "ln_2": "ln_2",
+}
+HF_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three names of the tanh form
+HF_BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, stored by older versions
+
+
+def from_hf_gpt2(folder: str | Path, dtype: Any = np.float32) -> GPT:
+    """Load a GPT-2 that transformers saved: config.json and model.safetensors, whole or sharded.
+
+    Dropout is set to 0: GPT-2's is on the attention weights too. CheckpointError where a file is
+    not sound, is no GPT-2, or has a setting that this library cannot honour.
+    """
+    folder, dtype = Path(folder), float_dtype(dtype)
+    config = _hf_config(folder / "config.json")
+    tensors = {
+        name.removeprefix("transformer."): array
+        for name, array in _hf_tensors(folder).items() if not name.endswith(HF_BUFFERS)
+    }
+    state = {}
+    for name, array in tensors.items():
+        layer, dot, kind = name.rpartition(".")
+        if layer.endswith(".attn.c_attn"):
+            prefix = layer.removesuffix("c_attn")
+            if array.shape[-1] != 3 * config.d_model:
+                raise CheckpointError(f"{folder}: {name} has shape {array.shape}, not (.., 3d)")
+            for part, piece in zip("qkv", np.split(array, 3, axis=-1), strict=True):
+                state[f"{prefix}{part}_proj.{kind}"] = piece
+        elif name == "lm_head.weight":
+            if not config.tie_weights:  # tied, it is wte once more
+                state[name] = array.T
+        else:
+            h, _, rest = layer.partition(".")[2].partition(".")
+            ours = f"h.{h}.{HF_NAMES[rest]}" if rest in HF_NAMES else layer
+            state[f"{ours}{dot}{kind}"] = array
+    try:
+        check_checkpoint_sizes(config, {name: array.shape for name, array in state.items()})
+        model = GPT(config, dtype=dtype)
+        model.load_state_dict(state)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a GPT-2 of its config: {error.args[0]}") from None
+    return model
+
+
+def _hf_config(path: Path) -> GPTConfig:
+    hf = _read_json(path)
+    neutral = {
+        "model_type": ("gpt2",), "activation_function": HF_ACTIVATIONS,
+        "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,), "n_inner": (None, 4 * hf.get("n_embd", 0)),
+    }
+    for key, allowed in neutral.items():
+        if key in hf and hf[key] not in allowed:
+            raise CheckpointError(f"{path}: {key} = {hf[key]!r} is not supported")
+    try:
+        return GPTConfig(
+            hf["vocab_size"], hf["n_positions"], hf["n_embd"], hf["n_layer"], hf["n_head"],
+            tie_weights=hf.get("tie_word_embeddings", True),
+            layer_norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} does not describe a GPT-2: {error}") from None
+
+
+def _hf_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Read model.safetensors, or all the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return load_safetensors(folder / "model.safetensors")
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(
+        isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
+    ):
+        raise CheckpointError(f"{index}: weight_map must map names to files of this folder")
+    tensors = {}
+    for shard in sorted(set(shards.values())):
+        tensors |= load_safetensors(folder / shard)
+    if set(tensors) != set(shards):
+        odd = sorted(set(tensors) ^ set(shards))
+        raise CheckpointError(f"{index} and its shards disagree on {', '.join(odd[:5])}")
+    return tensors
+
+
+def to_hf_gpt2(model: GPT, folder: str | Path) -> None:
+    """Write config.json and model.safetensors as transformers' GPT2LMHeadModel loads them.
+
+    A model without biases gets zeros for them, which is the same function. ValueError for a
+    model with LoRA layers or another head.
+    """
+    check_plain(model)
+    state, c = model.state_dict(), model.config
+    names = {ours: theirs for theirs, ours in HF_NAMES.items()}
+    tensors = {f"transformer.{name}": state[name] for name in ("wte.weight", "wpe.weight")}
+
+    def put(theirs: str, *ours: str) -> None:
+        weights = [state[f"{name}.weight"] for name in ours]
+        biases = [
+            state.get(f"{name}.bias", np.zeros(weight.shape[-1], weight.dtype))
+            for name, weight in zip(ours, weights, strict=True)
+        ]
+        tensors[f"transformer.{theirs}.weight"] = np.concatenate(weights, axis=-1)
+        tensors[f"transformer.{theirs}.bias"] = np.concatenate(biases)
+
+    for i in range(c.n_layers):
+        put(f"h.{i}.attn.c_attn", *(f"h.{i}.attn.{part}_proj" for part in "qkv"))
+        for ours, theirs in names.items():
+            put(f"h.{i}.{theirs}", f"h.{i}.{ours}")
+    put("ln_f", "ln_f")
+    if not c.tie_weights:
+        tensors["lm_head.weight"] = state["lm_head.weight"].T
+    config = {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
+        "n_positions": c.context_length, "n_embd": c.d_model, "n_layer": c.n_layers,
+        "n_head": c.n_heads, "activation_function": "gelu_new",
+        "layer_norm_epsilon": c.layer_norm_eps, "tie_word_embeddings": c.tie_weights,
+        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": 0.0,
+        "bos_token_id": None, "eos_token_id": None,
+    }
+    text = json.dumps(config, indent=2).encode()
+    save_safetensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
+    write_atomically(Path(folder) / "config.json", text)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value

@@ -82,6 +82,40 @@ def test_we_load_pefts_adapter(tmp_path, rng):
     close(model(ids), peer(torch.from_numpy(ids)))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_gpt2_of_transformers_both_ways(tmp_path, rng, tied, dtype):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=24, n_layer=3, n_head=4, tie_word_embeddings=tied
+    )
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    theirs = theirs.to(getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path / "theirs")
+    theirs = theirs.float()
+    ids = rng.integers(0, 50, (2, 16))
+    expected = theirs(torch.from_numpy(ids)).logits
+    ours = ml.from_hf_gpt2(tmp_path / "theirs")
+    close(ours(ids), expected)
+    ml.to_hf_gpt2(ours, tmp_path / "ours")
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    close(ours(ids), again(torch.from_numpy(ids)).logits)
+
+
+def test_gpt2_of_transformers_in_shards(tmp_path, rng):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=3, n_head=4)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    ids = rng.integers(0, 50, (2, 16))
+    close(ml.from_hf_gpt2(tmp_path)(ids), theirs(torch.from_numpy(ids)).logits)
+
+
 def test_safetensors_both_ways(tmp_path, rng):
     from safetensors.numpy import load_file, save_file
 
