@@ -220,14 +220,19 @@ def check_plain(model: GPT) -> None:
     expected = None if c.tie_weights else (c.d_model, c.vocab_size)
     if "lm_head.bias" in shapes or head != expected:
         raise ValueError("the head of the model was replaced; a checkpoint is of a whole GPT")
+    if len(model.h) != c.n_layers:
+        raise ValueError(f"the model has {len(model.h)} blocks, its config says {c.n_layers}")
 
 
 def load_checkpoint(path: str | Path, dtype: Any = np.float32) -> GPT:
     """Build the GPT that `save_checkpoint` wrote. CheckpointError where the file is not one."""
     dtype = float_dtype(dtype)
     tensors = load_safetensors(path)
+    metadata = load_metadata(path)
+    if "config" not in metadata:
+        raise CheckpointError(f"{path} is not a minilora checkpoint: it has no config")
     try:
-        config = GPTConfig(**json.loads(load_metadata(path)["config"]))
+        config = GPTConfig(**json.loads(metadata["config"]))
         check_checkpoint_sizes(config, {name: array.shape for name, array in tensors.items()})
         model = GPT(config, dtype=dtype)
         model.load_state_dict(tensors)

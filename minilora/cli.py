@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,7 +68,8 @@ def pretrain_command(args: argparse.Namespace) -> None:
 
 def load_model(name: str) -> GPT:
     """Return a shipped model by its name, or a checkpoint by its path."""
-    return load_checkpoint(name) if Path(name).suffix or "/" in name else load_base(name)
+    is_path = Path(name).suffix or "/" in name or Path(name).is_file()
+    return load_checkpoint(name) if is_path else load_base(name)
 
 
 def generate_command(args: argparse.Namespace) -> None:
@@ -254,6 +256,12 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
+    except BrokenPipeError:  # as of `minilora generate | head`: nobody reads on, so stop in peace
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except MemoryError:
+        print(f"minilora {args.command}: not enough memory for that", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, KeyError, FloatingPointError, OSError, ImportError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"minilora {args.command}: {text}", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
@@ -205,7 +206,9 @@ COLUMNS = (
 def rows(result: dict[str, Any]) -> list[list[str]]:
     """Return the table's cells: one row a method, mean ± standard deviation over seeds."""
     runs, table = result["runs"], []
-    full_gain = {r["seed"]: r["code_before"] - r["code_after"] for r in runs if r["rank"] is None}
+    full_gain = {
+        r["seed"]: r["code_before"] - r["code_after"] or math.nan for r in runs if r["rank"] is None
+    }
     for name in dict.fromkeys(run["method"] for run in runs):
         group = [run for run in runs if run["method"] == name]
         first = group[0]

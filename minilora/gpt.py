@@ -64,6 +64,7 @@ class GPTConfig:
                 f"n_heads must divide d_model, got n_heads {self.n_heads}, d_model {self.d_model}"
             )
         check_dropout(self.dropout)
+        object.__setattr__(self, "dropout", float(self.dropout))
         for name in ("bias", "tie_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")

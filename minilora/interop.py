@@ -111,6 +111,7 @@ def load_adapter(model: Module, path: str | Path) -> Module:
     if faults:
         raise CheckpointError(f"{path} does not fit the model: " + "; ".join(faults))
     rng = make_rng(0)
+    replaced: dict[int, LinearWithLoRA] = {}
     for name, (a, b) in factors.items():
         layer = modules[name]
         linear = layer.linear if isinstance(layer, LinearWithLoRA) else layer
@@ -120,8 +121,11 @@ def load_adapter(model: Module, path: str | Path) -> Module:
             # The same Parameters stay, since an optimizer may hold them.
             new.lora.A, new.lora.B = layer.lora.A, layer.lora.B
         new.lora.A.data[...], new.lora.B.data[...] = a, b
-        parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, new.train(linear.training))
+        replaced[id(layer)] = new.train(linear.training)
+    for parent in modules.values():
+        for child_name, child in list(parent.named_children()):
+            if id(child) in replaced:  # at every place where it stands
+                setattr(parent, child_name, replaced[id(child)])
     freeze_base(model)
     return model
 
@@ -157,7 +161,7 @@ def describe_adapter(path: str | Path) -> str:
     ]
     for name, (a, b) in factors.items():
         a, b = a.astype(np.float64), b.astype(np.float64)
-        norm = scale * np.sqrt(max(0.0, ((a.T @ a) * (b @ b.T)).sum()))
+        norm = abs(scale) * np.sqrt(np.clip(((a.T @ a) * (b @ b.T)).sum(), 0.0, None))
         lines.append(f"  {name}: {norm:.4g}  ({a.shape[0]}, {b.shape[1]})")
     return "\n".join(lines)
 
@@ -247,7 +251,7 @@ def from_hf_gpt2(folder: str | Path, dtype: Any = np.float32) -> GPT:
         layer, dot, kind = name.rpartition(".")
         if layer.endswith(".attn.c_attn"):
             prefix = layer.removesuffix("c_attn")
-            if array.shape[-1] != 3 * config.d_model:
+            if array.shape[-1:] != (3 * config.d_model,):
                 raise CheckpointError(f"{folder}: {name} has shape {array.shape}, not (.., 3d)")
             for part, piece in zip("qkv", np.split(array, 3, axis=-1), strict=True):
                 state[f"{prefix}{part}_proj.{kind}"] = piece
@@ -269,10 +273,12 @@ def from_hf_gpt2(folder: str | Path, dtype: Any = np.float32) -> GPT:
 
 def _hf_config(path: Path) -> GPTConfig:
     hf = _read_json(path)
+    width = hf.get("n_embd")
     neutral = {
         "model_type": ("gpt2",), "activation_function": HF_ACTIVATIONS,
         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,), "n_inner": (None, 4 * hf.get("n_embd", 0)),
+        "add_cross_attention": (False,),
+        "n_inner": (None, 4 * width if isinstance(width, int) else None),
     }
     for key, allowed in neutral.items():
         if key in hf and hf[key] not in allowed:
@@ -290,11 +296,12 @@ def _hf_config(path: Path) -> GPTConfig:
 def _hf_tensors(folder: Path) -> dict[str, np.ndarray]:
     """Read model.safetensors, or all the shards that its index names."""
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    if (folder / "model.safetensors").exists() or not index.exists():
         return load_safetensors(folder / "model.safetensors")
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(
-        isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
+        isinstance(shard, str) and Path(shard).name == shard and shard.endswith(".safetensors")
+        and shard.isprintable() for shard in shards.values()
     ):
         raise CheckpointError(f"{index}: weight_map must map names to files of this folder")
     tensors = {}

@@ -136,7 +136,7 @@ class LinearWithLoRA(Module):
         drop = Dropout(dropout, rng)
         self.linear = linear.freeze()  # only now that nothing can fail any more
         self.dropout, self.lora = drop, lora
-        self._unmerged_weight: np.ndarray | None = None
+        self._unmerged: tuple[Parameter, ...] = ()
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (..., in_features) -> y (..., out_features)."""
@@ -165,20 +165,23 @@ class LinearWithLoRA(Module):
     @property
     def merged(self) -> bool:
         """Whether the weight of `linear` holds W + scale * A B just now."""
-        return self._unmerged_weight is not None
+        return bool(self._unmerged)
 
     def merge(self) -> None:
         """Add scale * A B into the weight. RuntimeError where that was done already."""
         if self.merged:
             raise RuntimeError(f"{self._title()} is merged already; merging twice would add twice")
-        self._unmerged_weight = self.linear.weight.data
-        self.linear.weight.data = self._unmerged_weight + self.lora.delta_weight()
+        # A new Parameter, since another layer may share the old one. The old one waits in a
+        # tuple, where it does not count as a parameter of this layer.
+        old = self.linear.weight
+        self.linear.weight = Parameter(old.data + self.lora.delta_weight(), requires_grad=False)
+        self._unmerged = (old,)
 
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit. RuntimeError where nothing is merged."""
         if not self.merged:
             raise RuntimeError(f"{self._title()} is not merged, there is nothing to undo")
-        self.linear.weight.data, self._unmerged_weight = self._unmerged_weight, None
+        (self.linear.weight,), self._unmerged = self._unmerged, ()
 
     def extra_repr(self) -> str:
         return "merged" if self.merged else ""
@@ -384,6 +387,10 @@ def merge_lora(model: Module, unload: bool = False) -> Module:
     nothing is changed then.
     """
     layers = _adapted(model)
+    if unload:
+        _refuse_bare(model)
+        if all(layer.merged for layer in layers):
+            return _unwrap(model)
     if any(layer.merged for layer in layers):
         raise RuntimeError("some or all layers are merged already; merging twice would add twice")
     for layer in layers:
@@ -406,16 +413,21 @@ def remove_lora(model: Module) -> Module:
 
     Raises ValueError where there is none, TypeError where the model itself is one.
     """
-    for layer in reversed(_adapted(model)):
+    layers = _adapted(model)
+    _refuse_bare(model)
+    for layer in reversed(layers):
         if layer.merged:
             layer.unmerge()
     return _unwrap(model)
 
 
-def _unwrap(model: Module) -> Module:
-    """Put the Linear in the place of every LoRA layer, with the weight that it has now."""
+def _refuse_bare(model: Module) -> None:
     if isinstance(model, LinearWithLoRA):
         raise TypeError("a bare LinearWithLoRA cannot be replaced in place: use its .linear")
+
+
+def _unwrap(model: Module) -> Module:
+    """Put the Linear in the place of every LoRA layer, with the weight that it has now."""
     for _, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LinearWithLoRA):

@@ -55,7 +55,7 @@ class Optimizer:
             for beta in (group.get("momentum", 0.0), *group.get("betas", ())):
                 if not 0.0 <= beta < 1.0:
                     raise ValueError(f"momentum and betas must be in 0..1 (1 excluded), got {beta}")
-        self.state: dict[int, list[np.ndarray]] = {}
+        self.state: dict[Parameter, list[np.ndarray]] = {}
 
     def zero_grad(self) -> None:
         """Forget every gradient (`.grad = None`)."""
@@ -79,9 +79,9 @@ class Optimizer:
         return sum(array.nbytes for arrays in self.state.values() for array in arrays)
 
     def _moments(self, p: Parameter, count: int) -> list[np.ndarray]:
-        if id(p) not in self.state:
-            self.state[id(p)] = [np.zeros_like(p.data) for _ in range(count)]
-        return self.state[id(p)]
+        if p not in self.state:
+            self.state[p] = [np.zeros_like(p.data) for _ in range(count)]
+        return self.state[p]
 
 
 def blocks(*arrays: np.ndarray) -> Iterator[list[np.ndarray]]:
@@ -134,11 +134,11 @@ class AdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01,
     ):
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.steps: dict[int, int] = {}
+        self.steps: dict[Parameter, int] = {}
 
     def update(self, p: Parameter, group: dict[str, Any]) -> None:
         (b1, b2), lr = group["betas"], group["lr"]
-        t = self.steps[id(p)] = self.steps.get(id(p), 0) + 1
+        t = self.steps[p] = self.steps.get(p, 0) + 1
         # Numerator and denominator are both multiplied by sqrt(1 - b2^t): one pass less.
         root = math.sqrt(1.0 - b2**t)
         eps, step_size = group["eps"] * root, lr * root / (1.0 - b1**t)

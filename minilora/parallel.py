@@ -71,6 +71,8 @@ class DataParallel:
         Each part's mean counts by its number of targets; those with IGNORE_INDEX do not count.
         """
         ids, targets, total = np.asarray(ids), np.asarray(targets), num_targets(targets)
+        if ids.shape[:1] != targets.shape[:1]:
+            raise ValueError(f"ids {ids.shape} and targets {targets.shape} differ in batch size")
         for twin in self.models[1:]:
             twin.zero_grad()
         if len(self.models) == 1 or not total:  # cross_entropy says what is wrong with none

@@ -50,7 +50,7 @@ class History:
         try:
             values = json.loads(Path(path).read_bytes())
             return cls(**values)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a saved History: {error}") from None
 
 
@@ -90,8 +90,9 @@ def fit(
     check_sizes("fit", steps=steps, validate_every=validate_every, threads=threads)
     if not model.is_trainable():
         raise ValueError("nothing to train: every parameter of the model is frozen")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(p.requires_grad and id(p) in held for p in model.parameters()):
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    of_model = {id(p) for p in model.parameters()}
+    if not any(p.requires_grad and id(p) in of_model for p in trained):
         raise ValueError(
             "the optimizer holds none of the model's trainable parameters: make it after "
             "replace_linear_with_lora, from the parameters that require gradients"
@@ -117,7 +118,7 @@ def fit(
                     for group in optimizer.param_groups:
                         group["lr"] = schedule(step)
                 learning_rate = optimizer.param_groups[0]["lr"]
-                optimizer.zero_grad()
+                model.zero_grad()  # also what the optimizer does not hold
                 loss = parallel.loss_and_gradients(ids, targets)
                 if not math.isfinite(loss):
                     raise FloatingPointError(
@@ -125,7 +126,7 @@ def fit(
                         f"{learning_rate:g}; try a lower one"
                     )
                 if clip_norm is not None:
-                    clip_grad_norm(model.parameters(), clip_norm)
+                    clip_grad_norm(trained, clip_norm)
                 optimizer.step()
                 history.steps.append(step)
                 history.losses.append(loss)
@@ -140,7 +141,7 @@ def fit(
         except KeyboardInterrupt:
             history.interrupted = True
     history.bytes = training_bytes(model, optimizer)
-    optimizer.zero_grad()
+    model.zero_grad()
     return history
 
 

@@ -183,6 +183,10 @@ def test_what_a_checkpoint_will_not_hold(tmp_path, tiny_gpt):
     classifier.lm_head = ml.Linear(8, 2)
     with pytest.raises(ValueError, match="head of the model was replaced"):
         save_checkpoint(classifier, tmp_path / "m")
+    shorter = ml.GPT(tiny_config())
+    shorter.h = ml.ModuleList(list(shorter.h)[:1])
+    with pytest.raises(ValueError, match="has 1 blocks, its config says 2"):
+        save_checkpoint(shorter, tmp_path / "m")
     with pytest.raises(TypeError, match="floating-point numbers, not int8"):
         save_checkpoint(ml.GPT(tiny_config()), tmp_path / "m", np.int8)
     with pytest.raises(TypeError, match="float32 or float64"):
@@ -195,7 +199,7 @@ def test_what_a_checkpoint_will_not_hold(tmp_path, tiny_gpt):
 def test_files_that_are_no_checkpoint(tmp_path, tiny_gpt):
     path = tmp_path / "m"
     save_safetensors(path, tiny_gpt.state_dict())
-    with pytest.raises(CheckpointError, match="not a minilora checkpoint: config"):
+    with pytest.raises(CheckpointError, match="not a minilora checkpoint: it has no config"):
         load_checkpoint(path)
     config = json.dumps(vars(tiny_gpt.config))
     tensors = tiny_gpt.state_dict()

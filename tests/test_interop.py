@@ -56,6 +56,17 @@ def test_a_task_replaces_the_one_before(tmp_path, ids):
     assert np.array_equal(ml.remove_lora(model)(ids), ml.GPT(tiny_config())(ids))
 
 
+def test_a_linear_at_two_places_round_trips(tmp_path):
+    shared = ml.Linear(4, 4, rng=0)
+    model = ml.replace_linear_with_lora(ml.Sequential(shared, ml.GELU(), shared), 2, 4, rng=0)
+    randomise(model[0].lora)
+    x = np.ones((3, 4), np.float32)
+    y = model(x)
+    save_adapter(model, tmp_path)
+    load_adapter(ml.remove_lora(model), tmp_path)
+    assert model[0] is model[2] and np.array_equal(model(x), y)
+
+
 def test_an_optimizer_keeps_training_what_was_loaded(tmp_path, ids):
     save_adapter(task(1), tmp_path)
     model = task(2)
@@ -179,6 +190,7 @@ def test_hugging_face_files_of_other_kinds(tmp_path, ids):
     index.write_text(json.dumps({"weight_map": shards}))
     np.testing.assert_array_equal(from_hf_gpt2(tmp_path)(ids), model(ids))
     for bad, words in [({}, "weight_map must"), ({"weight_map": {"a": "../x"}}, "weight_map must"),
+                       ({"weight_map": {"a": ".."}}, "weight_map must"),
                        ({"weight_map": shards | {"a": "model-0.safetensors"}}, "disagree on a")]:
         index.write_text(json.dumps(bad))
         with pytest.raises(CheckpointError, match=words):
@@ -192,6 +204,7 @@ def test_hugging_face_files_of_other_kinds(tmp_path, ids):
         ({"activation_function": "relu"}, "activation_function = 'relu'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
         ({"n_head": 3}, "n_heads must divide"), ({"vocab_size": "x"}, "vocab_size"),
+        ({"n_embd": None}, "d_model must be a whole number, got None"),
         ({"n_layer": 3}, "h.2.mlp.up_proj.weight"), ({"n_embd": 10**9}, "not supported|shape"),
     ],
 )

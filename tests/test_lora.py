@@ -380,11 +380,18 @@ def test_a_linear_at_two_places_gets_one_lora_layer(rng):
 def test_a_weight_in_two_layers_comes_back_bit_for_bit():
     model = ml.Sequential(ml.Linear(4, 4, rng=0), ml.Linear(4, 4, rng=1))
     model[1].weight = model[0].weight
-    before = model[0].weight.data.copy()
+    before, x = model[0].weight.data.copy(), np.ones((3, 4), np.float32)
     randomise(ml.replace_linear_with_lora(model, 2, 4, rng=0)[0].lora)
     randomise(model[1].lora)
-    ml.unmerge_lora(ml.merge_lora(model))
-    assert np.array_equal(model[0].linear.weight.data, before)
+    y = model(x)
+    np.testing.assert_allclose(ml.merge_lora(model)(x), y, rtol=1e-5, atol=1e-5)
+    ml.unmerge_lora(model)
+    for first, second in ((0, 1), (1, 0)):
+        model[first].merge()
+        model[second].merge()
+        ml.unmerge_lora(model)
+        assert np.array_equal(model[0].linear.weight.data, before)
+    assert model[0].linear.weight is model[1].linear.weight
 
 
 def test_a_subclass_of_linear_keeps_its_forward(rng):
@@ -416,6 +423,18 @@ def test_the_same_call_again_leaves_what_was_unfrozen():
     model.lm_head.unfreeze()
     ml.replace_linear_with_lora(model, 2, 4, target_modules="q_proj")
     assert model.lm_head.weight.requires_grad
+
+
+def test_unloading_what_is_merged_already(ids):
+    model = ml.merge_lora(randomise(adapted(), 0.1))
+    before = model(ids)
+    ml.merge_lora(model, unload=True)
+    assert not list(lora_layers(model)) and np.array_equal(model(ids), before)
+    bare = ml.LinearWithLoRA(ml.Linear(3, 3), 1, 1)
+    for change in (lambda: ml.merge_lora(bare, unload=True), lambda: ml.remove_lora(bare)):
+        with pytest.raises(TypeError, match="use its .linear"):
+            change()
+    assert not bare.merged
 
 
 def test_a_half_merged_model_is_left_alone():

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -82,6 +83,22 @@ def test_nothing_is_allocated_for_the_frozen():
     assert optimizer.state_bytes == 0
     optimizer.step()
     assert optimizer.state_bytes == 2 * 8 and frozen.data.tolist() == [1.0] * 100
+
+
+def test_a_copy_goes_on_as_the_original_does():
+    p = parameter([1.0, 2.0])
+    optimizer = ml.AdamW([p], lr=0.1)
+
+    def train(p, optimizer):
+        for _ in range(3):
+            p.grad = 3 * p.data
+            optimizer.step()
+
+    train(p, optimizer)
+    q, twin = copy.deepcopy((p, optimizer))
+    train(p, optimizer)
+    train(q, twin)
+    assert np.array_equal(q.data, p.data) and twin.state_bytes == optimizer.state_bytes
 
 
 def test_parameter_groups():

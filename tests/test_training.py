@@ -153,6 +153,30 @@ def test_an_optimizer_that_would_train_nothing(tiny_gpt, ids):
         fit(tiny_gpt, batches_of(ids), too_early, 5)
 
 
+def test_what_the_optimizer_does_not_hold_gathers_no_gradient(tiny_gpt, ids):
+    head_only = ml.SGD(tiny_gpt.lm_head.parameters(), lr=1e-9)
+    norms = []
+    real = training.clip_grad_norm
+
+    def spy(parameters, max_norm):
+        norms.append(real(parameters, max_norm))
+
+    training.clip_grad_norm, kept = spy, training.clip_grad_norm
+    try:
+        fit(tiny_gpt, batches_of(ids), head_only, 4, clip_norm=1e9, progress=False)
+    finally:
+        training.clip_grad_norm = kept
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-3)
+    assert all(p.grad is None for p in tiny_gpt.parameters())
+
+
+def test_ids_and_targets_of_different_batches(tiny_gpt, ids):
+    optimizer = ml.SGD(tiny_gpt.parameters())
+    for threads in (1, 2):
+        with pytest.raises(ValueError, match="differ in batch size"):
+            fit(tiny_gpt, [(ids, ids[:2])], optimizer, 1, threads=threads, progress=False)
+
+
 def test_validate_every_below_one(tiny_gpt, ids):
     with pytest.raises(ValueError, match="validate_every must be 1 or more, got 0"):
         fit(tiny_gpt, batches_of(ids), ml.AdamW(tiny_gpt.parameters()), 5, validate_every=0)
