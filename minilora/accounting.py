@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from minilora.checks import check_sizes
 from minilora.gpt import GPT2_SIZES, GPTConfig
-from minilora.lora import check_hyperparameters, match_names
+from minilora.lora import match_names
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Architecture:
         Hu et al. 2021, section 4.2. Targets are names or globs, None is every linear of the
         layers (not the head). ValueError for a rank below 1 or a target that fits none.
         """
-        check_hyperparameters(rank)
+        check_sizes("LoRA", rank=rank)
         names = match_names(list(self.linears), target_modules)
         return self.n_layers * sum(rank * sum(self.linears[name]) for name in names)
 
@@ -147,10 +148,8 @@ def training_flops(config: GPTConfig, batch: int, rank: int | None = None) -> in
     d, t, v = config.d_model, config.context_length, config.vocab_size
     rows = batch * t
     attention = 3 * 2 * (2 * rows * t * d)
-    block = (
-        4 * linear_flops(d, d, rows, rank) + linear_flops(d, 4 * d, rows, rank)
-        + linear_flops(4 * d, d, rows, rank) + attention
-    )
+    linears = gpt_architecture(config).linears.values()
+    block = sum(linear_flops(m, n, rows, rank) for m, n in linears) + attention
     if config.tie_weights:
         head = 2 * rows * d * v * (3 if rank is None else 2)
     else:

@@ -27,11 +27,7 @@ def check_width(module: Module, x: Any, width: int, dtype: np.dtype) -> np.ndarr
     Floating-point input of another precision is converted, so that every activation keeps
     the dtype of the model. Raises TypeError for other dtypes, ValueError for other widths.
     """
-    x = np.asarray(x)
-    if x.dtype != dtype:
-        if x.dtype.kind != "f":
-            raise TypeError(f"{module._title()} expects floating-point input, got dtype {x.dtype}")
-        x = x.astype(dtype)
+    x = check_float(module, x).astype(dtype, copy=False)
     if x.ndim == 0 or x.shape[-1] != width:
         raise ValueError(
             f"{module._title()} expects input of shape (..., {width}), got {x.shape}"

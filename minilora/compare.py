@@ -130,7 +130,8 @@ def run_method(
 ) -> Run:
     """Fine-tune once and measure; a LoRA run leaves its adapter in `folder`."""
     model, learning_rate = prepare(settings, rank, seed)
-    total = load_base(settings.base).num_parameters()
+    trainable = model.num_parameters(trainable_only=True)
+    total = model.num_parameters() - (0 if rank is None else trainable)  # of the base
     history = fine_tune(
         model, data, learning_rate, settings.steps, seed, settings.threads, progress,
         method_name(rank), validate_every=max(1, settings.steps // 6),
@@ -139,7 +140,7 @@ def run_method(
         raise KeyboardInterrupt
     run = Run(
         method=method_name(rank), rank=rank, seed=seed, learning_rate=learning_rate,
-        trainable=model.num_parameters(trainable_only=True), total=total,
+        trainable=trainable, total=total,
         training_bytes=sum(history.bytes.values()), file_bytes=0,
         ms_per_step=1e3 * statistics.median(np.diff([0.0, *history.seconds]).tolist()),
         code_before=history.validation_losses[0], code_after=history.validation_losses[-1],
@@ -148,19 +149,14 @@ def run_method(
     )
     if rank is None:
         with tempfile.TemporaryDirectory() as temporary:
-            run.file_bytes = file_bytes(save_full(model, Path(temporary)))
+            save_checkpoint(model, Path(temporary) / "model.safetensors")
+            run.file_bytes = file_bytes(Path(temporary))
     else:
         adapter = folder / "adapters" / f"r{rank}-seed{seed}"
         save_adapter(model, adapter)
         run.file_bytes = file_bytes(adapter)
         run.docs_removed = evaluate(remove_lora(model), data.docs_held_out, settings.threads)
     return run
-
-
-def save_full(model: GPT, folder: Path) -> Path:
-    """Write the whole model in float32 to `folder` and return the folder."""
-    save_checkpoint(model, folder / "model.safetensors")
-    return folder
 
 
 def file_bytes(folder: Path) -> int:

@@ -176,9 +176,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = _read_json(path)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} does not describe a LoRA adapter (peft_type LORA)")
-    for key, neutral in UNSUPPORTED.items():
-        if key in config and config[key] not in neutral:
-            raise CheckpointError(f"{path}: {key} = {config[key]!r} is not supported")
+    _refuse_settings(path, config, UNSUPPORTED)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     dropout = config.get("lora_dropout", 0.0)
     if type(rank) is not int or rank < 1:
@@ -280,9 +278,7 @@ def _hf_config(path: Path) -> GPTConfig:
         "add_cross_attention": (False,),
         "n_inner": (None, 4 * width if isinstance(width, int) else None),
     }
-    for key, allowed in neutral.items():
-        if key in hf and hf[key] not in allowed:
-            raise CheckpointError(f"{path}: {key} = {hf[key]!r} is not supported")
+    _refuse_settings(path, hf, neutral)
     try:
         return GPTConfig(
             hf["vocab_size"], hf["n_positions"], hf["n_embd"], hf["n_layer"], hf["n_head"],
@@ -321,7 +317,6 @@ def to_hf_gpt2(model: GPT, folder: str | Path) -> None:
     """
     check_plain(model)
     state, c = model.state_dict(), model.config
-    names = {ours: theirs for theirs, ours in HF_NAMES.items()}
     tensors = {f"transformer.{name}": state[name] for name in ("wte.weight", "wpe.weight")}
 
     def put(theirs: str, *ours: str) -> None:
@@ -335,7 +330,7 @@ def to_hf_gpt2(model: GPT, folder: str | Path) -> None:
 
     for i in range(c.n_layers):
         put(f"h.{i}.attn.c_attn", *(f"h.{i}.attn.{part}_proj" for part in "qkv"))
-        for ours, theirs in names.items():
+        for theirs, ours in HF_NAMES.items():
             put(f"h.{i}.{theirs}", f"h.{i}.{ours}")
     put("ln_f", "ln_f")
     if not c.tie_weights:
@@ -351,6 +346,13 @@ def to_hf_gpt2(model: GPT, folder: str | Path) -> None:
     text = json.dumps(config, indent=2).encode()
     save_safetensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
     write_atomically(Path(folder) / "config.json", text)
+
+
+def _refuse_settings(path: Path, settings: dict[str, Any], neutral: dict[str, tuple]) -> None:
+    """Raise CheckpointError for a setting that has a value other than those known to do nothing."""
+    for key, values in neutral.items():
+        if key in settings and settings[key] not in values:
+            raise CheckpointError(f"{path}: {key} = {settings[key]!r} is not supported")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -300,7 +300,6 @@ def find_targets(model: Module, target_modules: str | list[str] | None = None) -
         raise TypeError("a bare Linear cannot be replaced in place: use LinearWithLoRA")
     if not isinstance(model, Module):
         raise TypeError(f"expected a Module to adapt, got {type(model).__name__}")
-    wrapped = {path for path, _ in lora_layers(model)}
     inner = {id(layer.linear) for _, layer in lora_layers(model)}  # these are not targets
     known = {
         path: module for path, module in model.named_modules()
@@ -309,7 +308,7 @@ def find_targets(model: Module, target_modules: str | list[str] | None = None) -
     if not known:
         raise ValueError(f"{type(model).__name__} has no Linear layer to adapt")
     names = match_names(list(known), target_modules)
-    return {name: known[name] for name in names if name not in wrapped}
+    return {name: known[name] for name in names if isinstance(known[name], Linear)}
 
 
 def match_names(known: list[str], target_modules: str | list[str] | None) -> list[str]:
@@ -344,14 +343,9 @@ def _no_such_target(pattern: str, paths: list[str]) -> str:
     )
 
 
-def check_hyperparameters(
-    rank: int, alpha: float = 1.0, scaling: str = "alpha/r", init: str = "fan-in"
-) -> None:
+def check_hyperparameters(rank: int, alpha: float, scaling: str, init: str) -> None:
     """Raise TypeError or ValueError that says which of them cannot be, and what could."""
-    if not isinstance(rank, (int, np.integer)) or isinstance(rank, bool):
-        raise TypeError(f"rank must be a whole number, got {rank!r}")
-    if rank < 1:
-        raise ValueError(f"rank must be 1 or more, got {rank}")
+    check_sizes("LoRA", rank=rank)
     if not isinstance(alpha, (int, float, np.integer, np.floating)) or isinstance(alpha, bool):
         raise TypeError(f"alpha must be a number, got {alpha!r}")
     if not math.isfinite(alpha):

@@ -369,6 +369,10 @@ def test_a_linear_at_two_places_gets_one_lora_layer(rng):
     before = shared.weight.data.copy()
     model = ml.replace_linear_with_lora(ml.Sequential(shared, ml.GELU(), shared), 2, 4, rng=0)
     assert model[0] is model[2] and len(list(lora_layers(model))) == 1
+    layer = model[0]
+    ml.replace_linear_with_lora(model, 2, 4, rng=0)  # again, and by the other name
+    ml.replace_linear_with_lora(model, 2, 4, "2", rng=0)
+    assert model[0] is model[2] is layer
     x = rng.standard_normal((3, 4))
     randomise(model[0].lora)
     y = model(x)
