@@ -3,6 +3,15 @@
 Read the files in this order: lora, then module, functional, layers, attention, gpt.
 """
 
+from minilora.adapters import (
+    Adapter,
+    Factors,
+    attach,
+    compress,
+    extract_lora,
+    get_adapter,
+    weighted_sum,
+)
 from minilora.attention import CausalSelfAttention
 from minilora.checkpoint import (
     CheckpointError,
@@ -12,14 +21,16 @@ from minilora.checkpoint import (
     save_checkpoint,
     save_safetensors,
 )
+from minilora.dora import DoRALinear
 from minilora.functional import cross_entropy
 from minilora.gpt import GPT, MLP, Block, GPTConfig, generate
 from minilora.gradcheck import gradcheck
-from minilora.interop import from_hf_gpt2, load_adapter, save_adapter, to_hf_gpt2
+from minilora.interop import from_hf_gpt2, to_hf_gpt2
 from minilora.layers import GELU, Dropout, Embedding, LayerNorm, Linear
 from minilora.lora import (
     LinearWithLoRA,
     LoRALayer,
+    ModuleToSave,
     lora_state_dict,
     merge_lora,
     remove_lora,
@@ -28,17 +39,21 @@ from minilora.lora import (
 )
 from minilora.module import Module, ModuleList, Parameter, Sequential
 from minilora.optim import SGD, AdamW, clip_grad_norm, cosine_schedule
+from minilora.peft_files import load_adapter, load_peft, save_adapter, save_peft
+from minilora.tasks import AdapterSet
 from minilora.text import CharTokenizer
 from minilora.training import History, evaluate, fit
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "GELU", "GPT", "MLP", "SGD", "AdamW", "Block", "CausalSelfAttention", "CharTokenizer",
-    "CheckpointError", "Dropout", "Embedding", "GPTConfig", "History", "LayerNorm", "Linear",
-    "LinearWithLoRA", "LoRALayer", "Module", "ModuleList", "Parameter", "Sequential",
-    "clip_grad_norm", "cosine_schedule", "cross_entropy", "evaluate", "fit", "from_hf_gpt2",
-    "generate", "gradcheck", "load_adapter", "load_base", "load_checkpoint", "load_safetensors",
-    "lora_state_dict", "merge_lora", "remove_lora", "replace_linear_with_lora", "save_adapter",
-    "save_checkpoint", "save_safetensors", "to_hf_gpt2", "unmerge_lora",
+    "GELU", "GPT", "MLP", "SGD", "AdamW", "Adapter", "AdapterSet", "Block", "CausalSelfAttention",
+    "CharTokenizer", "CheckpointError", "DoRALinear", "Dropout", "Embedding", "Factors",
+    "GPTConfig", "History", "LayerNorm", "Linear", "LinearWithLoRA", "LoRALayer", "Module",
+    "ModuleList", "ModuleToSave", "Parameter", "Sequential", "attach", "clip_grad_norm",
+    "compress", "cosine_schedule", "cross_entropy", "evaluate", "extract_lora", "fit",
+    "from_hf_gpt2", "generate", "get_adapter", "gradcheck", "load_adapter", "load_base",
+    "load_checkpoint", "load_peft", "load_safetensors", "lora_state_dict", "merge_lora",
+    "remove_lora", "replace_linear_with_lora", "save_adapter", "save_checkpoint", "save_peft",
+    "save_safetensors", "to_hf_gpt2", "unmerge_lora", "weighted_sum",
 ]

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from minilora.gpt import GPT, GPTConfig
+from minilora.lora import base_module, wrappers
 from minilora.module import float_dtype
 
 DTYPES = {
@@ -213,15 +214,22 @@ def save_checkpoint(model: GPT, path: str | Path, dtype: Any = None) -> None:
 
 def check_plain(model: GPT) -> None:
     """Raise ValueError unless the model has no LoRA layers and the head of its configuration."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    if any(".lora." in name for name in shapes):
+    if wrappers(model):
         raise ValueError("the model has LoRA layers: store them with save_adapter, or remove_lora")
-    c, head = model.config, shapes.get("lm_head.weight")
-    expected = None if c.tie_weights else (c.d_model, c.vocab_size)
-    if "lm_head.bias" in shapes or head != expected:
+    if replaced_head(model):
         raise ValueError("the head of the model was replaced; a checkpoint is of a whole GPT")
-    if len(model.h) != c.n_layers:
-        raise ValueError(f"the model has {len(model.h)} blocks, its config says {c.n_layers}")
+    if len(model.h) != model.config.n_layers:
+        raise ValueError(
+            f"the model has {len(model.h)} blocks, its config says {model.config.n_layers}"
+        )
+
+
+def replaced_head(model: GPT) -> bool:
+    """Say whether the head, apart from LoRA on it, is another than the configuration's."""
+    c, head = model.config, base_module(model.lm_head)
+    if head is None or c.tie_weights:
+        return (head is None) != c.tie_weights
+    return head.bias is not None or head.weight.shape != (c.d_model, c.vocab_size)
 
 
 def load_checkpoint(path: str | Path, dtype: Any = np.float32) -> GPT:

@@ -19,9 +19,9 @@ from minilora.checkpoint import (
     save_checkpoint,
 )
 from minilora.gpt import GPT, sample_tokens
-from minilora.interop import CONFIG_FILE, WEIGHTS_FILE, describe_adapter, load_adapter
 from minilora.lora import merge_lora
 from minilora.parallel import default_threads, keep_freed_memory, one_blas_thread
+from minilora.peft_files import CONFIG_FILE, WEIGHTS_FILE, describe_adapter, load_adapter
 from minilora.pretrain import RECIPES, pretrain
 from minilora.text import CharTokenizer
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from minilora.checkpoint import load_base, save_checkpoint, write_atomically
 from minilora.gpt import GPT
-from minilora.interop import save_adapter
 from minilora.lora import remove_lora, replace_linear_with_lora
 from minilora.optim import AdamW, cosine_schedule
+from minilora.peft_files import save_adapter
 from minilora.text import load_tokens, random_batches, sequential_batches
 from minilora.training import Batch, History, evaluate, fit
 

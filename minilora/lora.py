@@ -18,6 +18,7 @@ that dB is not zero and learning can begin. (dA is zero at the first step, since
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import math
 import warnings
@@ -167,6 +168,10 @@ class LinearWithLoRA(Module):
         """Whether the weight of `linear` holds W + scale * A B just now."""
         return bool(self._unmerged)
 
+    def delta_weight(self) -> np.ndarray:
+        """Return what merging adds to the weight: scale * A B, (in_features, out_features)."""
+        return self.lora.delta_weight()
+
     def merge(self) -> None:
         """Add scale * A B into the weight. RuntimeError where that was done already."""
         if self.merged:
@@ -174,7 +179,7 @@ class LinearWithLoRA(Module):
         # A new Parameter, since another layer may share the old one. The old one waits in a
         # tuple, where it does not count as a parameter of this layer.
         old = self.linear.weight
-        self.linear.weight = Parameter(old.data + self.lora.delta_weight(), requires_grad=False)
+        self.linear.weight = Parameter(old.data + self.delta_weight(), requires_grad=False)
         self._unmerged = (old,)
 
     def unmerge(self) -> None:
@@ -224,6 +229,35 @@ class LinearWithLoRA(Module):
         return matmul(dout, weight.T) if input_grad else None
 
 
+class ModuleToSave(Module):
+    """y = module(x): a module that is trained whole for a task, in the place of the base's.
+
+    original   the base's module, frozen and kept for `remove_lora`; None where there was none
+    module     what stands in for it; by default a trainable copy
+
+    For what a low-rank update is not enough for, such as the new head of a classifier. Like A
+    and B it belongs to the task and is stored with it. (The name is PEFT's, `modules_to_save`.)
+    """
+
+    def __init__(self, original: Module | None, module: Module | None = None):
+        if not isinstance(original if module is None else module, Module):
+            raise TypeError("ModuleToSave needs a Module to train")
+        self.module = copy.deepcopy(original).unfreeze() if module is None else module
+        self.original = original if original is None else original.freeze()
+
+    @property
+    def weight(self) -> Parameter:
+        return self.module.weight
+
+    def forward(self, *inputs: Any) -> Any:
+        """Do what the module does."""
+        return self.module(*inputs)
+
+    def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
+        """Do what the module's backward does."""
+        return self.module.backward(dout, input_grad)
+
+
 def replace_linear_with_lora(
     model: Module,
     rank: int,
@@ -233,52 +267,102 @@ def replace_linear_with_lora(
     dropout: float = 0.0,
     init: str = "fan-in",
     rng: Rng = None,
+    modules_to_save: str | list[str] | None = None,
+    use_dora: bool = False,
 ) -> Module:
     """Freeze the model, wrap its Linear layers in `LinearWithLoRA`, in place; return the model.
 
-    target_modules   names or globs, such as ["q_proj", "v_proj"] or "h.0.*". A name fits a
-                     layer whose dotted name is that name or ends with it; None: every Linear
-    other arguments  as for `LoRALayer` and `LinearWithLoRA`
+    target_modules    names or globs, such as ["q_proj", "v_proj"] or "h.0.*". A name fits a
+                      layer whose dotted name is that name or ends with it; None: every Linear
+    modules_to_save   names or globs of modules to train whole and store with A and B, such as
+                      the new head of a classifier; see `ModuleToSave`
+    use_dora          wrap in `DoRALinear` instead
+    other arguments   as for `LoRALayer` and `LinearWithLoRA`
 
-    Layers that are wrapped already are left alone, so the same call again changes nothing. All is
-    checked before anything is changed: ValueError for a target that fits no Linear, or for
+    What is wrapped already is left alone, so the same call again changes nothing. All is
+    checked before anything is changed: ValueError for a name that fits nothing, or for
     bad hyper-parameters, TypeError where the model itself is a bare Linear, which cannot be
     replaced in place. A rank above min(in, out) is warned of where that is so in every
     target; in one narrow layer, such as a two-class head, it is as good as inevitable.
     """
+    from minilora.dora import DoRALinear  # here, since it is built on this file
+
     check_hyperparameters(rank, alpha, scaling, init)
     check_dropout(dropout)
-    targets = find_targets(model, target_modules)
-    if not targets:
+    saved = find_modules(model, modules_to_save) if modules_to_save is not None else {}
+    targets = {
+        path: linear for path, linear in find_targets(model, target_modules).items()
+        if not any(path == name or path.startswith(f"{name}.") for name in saved)
+    }
+    if not targets and not saved:
         return model
-    rng = make_rng(rng)
-    wrapped: dict[int, LinearWithLoRA] = {}  # a Linear at two places gets one LoRA layer
-
-    def replace(parent: Module, prefix: str = "") -> None:
-        for name, child in list(parent.named_children()):
-            path = prefix + name
-            if isinstance(child, Linear) and path in targets:
-                if id(child) not in wrapped:
-                    layer = LinearWithLoRA(child, rank, alpha, scaling, dropout, init, rng)
-                    wrapped[id(child)] = layer.train(child.training)
-                setattr(parent, name, wrapped[id(child)])
-            elif not isinstance(child, LinearWithLoRA):
-                replace(child, path + ".")
-
-    if all(rank > min(linear.weight.shape) for linear in targets.values()):
+    if targets and all(rank > min(linear.weight.shape) for linear in targets.values()):
         _warn_of_rank(rank, max(min(linear.weight.shape) for linear in targets.values()))
-    freeze_base(model)
+    rng, kind = make_rng(rng), DoRALinear if use_dora else LinearWithLoRA
+    wrapped: dict[int, Module] = {}  # a module at two places gets one wrapper
     with warnings.catch_warnings(action="ignore"):
-        replace(model)
+        for linear in targets.values():
+            if id(linear) not in wrapped:
+                layer = kind(linear, rank, alpha, scaling, dropout, init, rng)
+                wrapped[id(linear)] = layer.train(linear.training)
+    for module in saved.values():
+        if id(module) not in wrapped:
+            wrapped[id(module)] = ModuleToSave(module).train(module.training)
+    install(model, {path: wrapped[id(module)] for path, module in (targets | saved).items()})
+    freeze_base(model)
     return model
 
 
+def install(model: Module, modules: dict[str, Module | None]) -> None:
+    """Put each module in the place that its dotted name says."""
+    for path, module in modules.items():
+        parent_path, _, name = path.rpartition(".")
+        parent = model
+        for part in filter(None, parent_path.split(".")):
+            parent = getattr(parent, part)
+        setattr(parent, name, module)
+
+
 def freeze_base(model: Module) -> None:
-    """Freeze every parameter but the A and B of LoRA layers."""
-    lora = {id(p) for _, layer in lora_layers(model) for p in layer.lora.parameters()}
+    """Freeze every parameter that is not of the task."""
+    task = {id(p) for p in task_parameters(model).values()}
     for parameter in model.parameters():
-        if id(parameter) not in lora:
+        if id(parameter) not in task:
             parameter.requires_grad, parameter.grad = False, None
+
+
+def outer_modules(model: Module, prefix: str = "") -> Iterator[tuple[str, Module]]:
+    """Yield (dotted name, module) as `named_modules`, but nothing that is inside a wrapper."""
+    yield prefix, model
+    if not isinstance(model, (LinearWithLoRA, ModuleToSave)):
+        for name, child in model.named_children():
+            yield from outer_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def wrappers(model: Module) -> dict[str, LinearWithLoRA | ModuleToSave]:
+    """Return {dotted name: wrapper} at every place where there is one."""
+    return {
+        path: module for path, module in outer_modules(model)
+        if isinstance(module, (LinearWithLoRA, ModuleToSave))
+    }
+
+
+def base_module(module: Module | None) -> Module | None:
+    """Return what the base has in this place: the module itself unless it is a wrapper."""
+    if isinstance(module, ModuleToSave):
+        return module.original
+    return module.linear if isinstance(module, LinearWithLoRA) else module
+
+
+def task_parameters(model: Module) -> dict[str, Parameter]:
+    """Return {dotted name: Parameter} for all that belongs to the task: A, B, saved modules."""
+    task = {}
+    for path, wrapper in wrappers(model).items():
+        base = {id(p) for p in getattr(base_module(wrapper), "parameters", tuple)()}
+        for name, parameter in wrapper.named_parameters():
+            if id(parameter) not in base:
+                task[f"{path}.{name}" if path else name] = parameter
+    return task
 
 
 def lora_layers(model: Module) -> Iterator[tuple[str, LinearWithLoRA]]:
@@ -290,20 +374,34 @@ def lora_layers(model: Module) -> Iterator[tuple[str, LinearWithLoRA]]:
             yield path, module
 
 
+def find_modules(model: Module, names: str | list[str]) -> dict[str, Module]:
+    """Return {dotted name: module} for what the names or globs fit; not for what is saved already.
+
+    Raises ValueError where one fits no module or one with LoRA layers, TypeError as find_targets.
+    """
+    _check_model(model)
+    known = {path: module for path, module in outer_modules(model) if path}
+    found: dict[str, Module] = {}
+    for path in match_names(list(known), names, "module"):
+        if any(path.startswith(f"{outer}.") for outer in found):
+            continue  # it is in a module that is saved as a whole
+        if any(isinstance(module, LinearWithLoRA) for _, module in outer_modules(known[path])):
+            raise ValueError(f"{path} has LoRA layers: it cannot be trained whole as well")
+        if not isinstance(known[path], ModuleToSave):
+            found[path] = known[path]
+    return found
+
+
 def find_targets(model: Module, target_modules: str | list[str] | None = None) -> dict[str, Linear]:
     """Return {dotted name: Linear} for the plain Linears that the names or globs fit.
 
     Raises ValueError where one fits no Linear, plain or wrapped: it lists those there are; and
     TypeError where the model itself is a bare Linear.
     """
-    if isinstance(model, Linear):
-        raise TypeError("a bare Linear cannot be replaced in place: use LinearWithLoRA")
-    if not isinstance(model, Module):
-        raise TypeError(f"expected a Module to adapt, got {type(model).__name__}")
-    inner = {id(layer.linear) for _, layer in lora_layers(model)}  # these are not targets
+    _check_model(model)
     known = {
-        path: module for path, module in model.named_modules()
-        if isinstance(module, (Linear, LinearWithLoRA)) and id(module) not in inner
+        path: module for path, module in outer_modules(model)
+        if isinstance(base_module(module), Linear)
     }
     if not known:
         raise ValueError(f"{type(model).__name__} has no Linear layer to adapt")
@@ -311,7 +409,16 @@ def find_targets(model: Module, target_modules: str | list[str] | None = None) -
     return {name: known[name] for name in names if isinstance(known[name], Linear)}
 
 
-def match_names(known: list[str], target_modules: str | list[str] | None) -> list[str]:
+def _check_model(model: Module) -> None:
+    if isinstance(model, Linear):
+        raise TypeError("a bare Linear cannot be replaced in place: use LinearWithLoRA")
+    if not isinstance(model, Module):
+        raise TypeError(f"expected a Module to adapt, got {type(model).__name__}")
+
+
+def match_names(
+    known: list[str], target_modules: str | list[str] | None, what: str = "Linear layer"
+) -> list[str]:
     """Return the names, of those known, that a target fits; all where there is no target.
 
     ValueError that lists what there is where a target fits none, TypeError for other than text.
@@ -326,7 +433,7 @@ def match_names(known: list[str], target_modules: str | list[str] | None) -> lis
         raise ValueError("target_modules is empty: name a layer, or pass None for every Linear")
     for pattern in patterns:
         if not any(_fits(path, pattern) for path in known):
-            raise ValueError(_no_such_target(pattern, known))
+            raise ValueError(_no_such_target(pattern, known, what))
     return [path for path in known if any(_fits(path, pattern) for pattern in patterns)]
 
 
@@ -335,10 +442,10 @@ def _fits(path: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*.{pattern}")
 
 
-def _no_such_target(pattern: str, paths: list[str]) -> str:
+def _no_such_target(pattern: str, paths: list[str], what: str) -> str:
     ends = sorted({path.rpartition(".")[2] for path in paths})
     return (
-        f"target {pattern!r} fits no Linear layer{closest(pattern, ends + paths)} "
+        f"target {pattern!r} fits no {what}{closest(pattern, ends + paths)} "
         f"(there are: {', '.join(ends)}; dotted names run from {paths[0]} to {paths[-1]})"
     )
 
@@ -375,7 +482,8 @@ def merge_lora(model: Module, unload: bool = False) -> Module:
     """Merge every LoRA layer into its weight (x W + scale * x A B in one product).
 
     With `unload` it is for good: plain Linears take the place of the LoRA layers, A and B are
-    gone, and the model can be saved like any other. Without, `unmerge_lora` undoes it.
+    gone, saved modules stay in the place of the base's, and the model can be saved like any
+    other. Without, `unmerge_lora` undoes it.
 
     Raises ValueError where there is no LoRA layer, RuntimeError where one is merged already;
     nothing is changed then.
@@ -383,13 +491,17 @@ def merge_lora(model: Module, unload: bool = False) -> Module:
     layers = _adapted(model)
     if unload:
         _refuse_bare(model)
-        if all(layer.merged for layer in layers):
-            return _unwrap(model)
-    if any(layer.merged for layer in layers):
-        raise RuntimeError("some or all layers are merged already; merging twice would add twice")
-    for layer in layers:
-        layer.merge()
-    return _unwrap(model) if unload else model
+    if not (unload and all(layer.merged for layer in layers)):
+        if any(layer.merged for layer in layers):
+            raise RuntimeError("some or all layers are merged already; merging twice would add "
+                               "twice")
+        for layer in layers:
+            layer.merge()
+    if unload:
+        for path, wrapper in wrappers(model).items():
+            kept = wrapper.module if isinstance(wrapper, ModuleToSave) else wrapper
+            install(model, {path: kept.linear if isinstance(kept, LinearWithLoRA) else kept})
+    return model
 
 
 def unmerge_lora(model: Module) -> Module:
@@ -405,37 +517,29 @@ def unmerge_lora(model: Module) -> Module:
 def remove_lora(model: Module) -> Module:
     """Take every LoRA layer out, merged or not: the base as it was, bit for bit, still frozen.
 
-    Raises ValueError where there is none, TypeError where the model itself is one.
+    Where a saved module stood in for one of the base's, that is back, too. Raises ValueError
+    where there is nothing to remove, TypeError where the model itself is a LoRA layer.
     """
-    layers = _adapted(model)
+    if not wrappers(model):
+        _adapted(model)  # says so
     _refuse_bare(model)
-    for layer in reversed(layers):
+    for _, layer in reversed(list(lora_layers(model))):
         if layer.merged:
             layer.unmerge()
-    return _unwrap(model)
-
-
-def _refuse_bare(model: Module) -> None:
-    if isinstance(model, LinearWithLoRA):
-        raise TypeError("a bare LinearWithLoRA cannot be replaced in place: use its .linear")
-
-
-def _unwrap(model: Module) -> Module:
-    """Put the Linear in the place of every LoRA layer, with the weight that it has now."""
-    for _, parent in list(model.named_modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LinearWithLoRA):
-                setattr(parent, name, child.linear)
+    install(model, {path: base_module(wrapper) for path, wrapper in wrappers(model).items()})
     return model
 
 
-def lora_state_dict(model: Module) -> dict[str, np.ndarray]:
-    """Return {dotted name: a copy of the array} for A and B alone: all that a task is.
+def _refuse_bare(model: Module) -> None:
+    if isinstance(model, (LinearWithLoRA, ModuleToSave)):
+        use = ".linear" if isinstance(model, LinearWithLoRA) else ".original"
+        raise TypeError(f"a bare {type(model).__name__} cannot be replaced in place: use its {use}")
 
+
+def lora_state_dict(model: Module) -> dict[str, np.ndarray]:
+    """Return {dotted name: a copy of the array} for A and B: all that a task is.
+
+    With DoRA also the magnitudes, and with modules to save theirs.
     `model.load_state_dict(task, strict=False)` puts the task back.
     """
-    return {
-        f"{path}.lora.{name}" if path else f"lora.{name}": parameter.data.copy()
-        for path, layer in lora_layers(model)
-        for name, parameter in layer.lora.named_parameters()
-    }
+    return {name: parameter.data.copy() for name, parameter in task_parameters(model).items()}

@@ -6,7 +6,7 @@ import pytest
 from minilora import compare, plots
 from minilora.checkpoint import load_base
 from minilora.compare import Settings
-from minilora.interop import load_adapter
+from minilora.peft_files import load_adapter
 
 TINY = Settings(base="small", ranks=(1, 2), steps=4, seeds=2)
 

@@ -462,3 +462,57 @@ def test_dropout_works_on_the_lora_branch_only(rng):
     assert not np.array_equal(layer(x), layer(x))
     layer.eval()
     np.testing.assert_allclose(layer(x), base + layer.lora(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_saved_module_is_trained_and_the_base_keeps_its_own(ids):
+    model = ml.GPT(tiny_config())
+    head = model.lm_head.weight.data.copy()
+    expected = model(ids)
+    ml.replace_linear_with_lora(model, 2, 4, modules_to_save=["lm_head", "ln_f"], rng=0)
+    assert np.array_equal(model(ids), expected)
+    names = set(ml.lora_state_dict(model))
+    assert {"lm_head.module.weight", "ln_f.module.weight", "ln_f.module.bias"} < names
+    assert names == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("lm_head.lora") for name in names)
+    loss, dlogits = ml.cross_entropy(model(ids), ids)
+    model.backward(dlogits)
+    ml.SGD([p for p in model.parameters() if p.requires_grad], 0.5).step()
+    assert not np.allclose(model(ids), expected)
+    assert np.array_equal(model.lm_head.original.weight.data, head)
+    tree = list(dict(model.named_modules()))
+    ml.replace_linear_with_lora(model, 2, 4, modules_to_save="lm_head")
+    assert list(dict(model.named_modules())) == tree
+    trained = model(ids)
+    task = ml.lora_state_dict(model)
+    assert np.array_equal(ml.remove_lora(model)(ids), expected)
+    assert isinstance(model.lm_head, ml.Linear)
+    ml.replace_linear_with_lora(model, 2, 4, modules_to_save=["lm_head", "ln_f"])
+    model.load_state_dict(task, strict=False)
+    assert np.array_equal(model(ids), trained)
+    ml.merge_lora(model, unload=True)
+    assert np.allclose(model(ids), trained, atol=1e-5)
+    assert not any("module" in name for name, _ in model.named_parameters())
+
+
+def test_saved_modules_that_cannot_be(tiny_gpt):
+    with pytest.raises(ValueError, match="'lm_haed' fits no module.*mean 'lm_head'"):
+        ml.replace_linear_with_lora(tiny_gpt, 2, 4, modules_to_save="lm_haed")
+    tied = ml.GPT(tiny_config(tie_weights=True))
+    with pytest.raises(ValueError, match="'lm_head' fits no module"):
+        ml.replace_linear_with_lora(tied, 2, 4, modules_to_save="lm_head")
+    ml.replace_linear_with_lora(tiny_gpt, 2, 4, "q_proj")
+    with pytest.raises(ValueError, match="h.0.attn has LoRA layers"):
+        ml.replace_linear_with_lora(tiny_gpt, 2, 4, "up_proj", modules_to_save=["h.0.attn"])
+    with pytest.raises(TypeError, match="needs a Module"):
+        ml.ModuleToSave(None)
+    with pytest.raises(TypeError, match="bare ModuleToSave"):
+        ml.remove_lora(ml.ModuleToSave(ml.Linear(2, 2)))
+
+
+def test_a_module_saved_whole_hides_what_is_in_it(tiny_gpt):
+    ml.replace_linear_with_lora(tiny_gpt, 2, 4, modules_to_save=["h.0", "*.mlp"])
+    assert isinstance(tiny_gpt.h[0], ml.ModuleToSave)
+    assert isinstance(tiny_gpt.h[1].mlp, ml.ModuleToSave)
+    assert {n for n, _ in lora_layers(tiny_gpt)} == {
+        *(f"h.1.attn.{x}_proj" for x in "qkvo"), "lm_head"
+    }
