@@ -1,4 +1,4 @@
-"""Counting by formula, without building anything: parameters of models and of LoRA, and FLOPs.
+"""Counting by formula, without building anything: parameters, bytes and FLOPs.
 
 A model as large as GPT-3 can be counted on a laptop, since nothing but its shapes is needed.
 One multiply-add counts as two FLOPs.
@@ -7,10 +7,14 @@ One multiply-add counts as two FLOPs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from minilora.checks import check_sizes
 from minilora.gpt import GPT2_SIZES, GPTConfig
-from minilora.lora import match_names
+from minilora.lora import folding_pays, match_names
+from minilora.module import Module, float_dtype
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,19 @@ def bert_architecture(
     return Architecture(n_layers, linears, True, other, source)
 
 
+def deberta_v2_architecture(
+    n_layers: int, d: int, vocab_size: int, buckets: int, source: str
+) -> Architecture:
+    """Return the shapes of DeBERTa v2: BERT's layers, with positions relative to each other.
+
+    Instead of learned positions there are two tables of `buckets` relative ones, and beside the
+    first layer a convolution of width 3; each of these, and the token embedding, has a norm.
+    """
+    other = vocab_size * d + 2 * buckets * d + (3 * d * d + d) + 3 * 2 * d + n_layers * 4 * d
+    linears = attention_and_mlp(d, d, up_proj=(d, 4 * d), down_proj=(4 * d, d))
+    return Architecture(n_layers, linears, True, other, source)
+
+
 def llama_architecture(
     n_layers: int, d: int, d_kv: int, hidden: int, vocab_size: int, tied: bool, source: str
 ) -> Architecture:
@@ -93,6 +110,9 @@ PUBLISHED: dict[str, Architecture] = {
     ),
     "roberta-base": bert_architecture(12, 768, 50265, 514, "Liu et al. 2019, appendix, table 9"),
     "roberta-large": bert_architecture(24, 1024, 50265, 514, "Liu et al. 2019, appendix, table 9"),
+    "deberta-v2-xxlarge": deberta_v2_architecture(
+        48, 1536, 128100, 256, "He et al. 2021, and the released configuration"
+    ),
     "llama-2-7b": llama_architecture(
         32, 4096, 4096, 11008, 32000, False, "Touvron et al. 2023, and the released configuration"
     ),
@@ -155,3 +175,108 @@ def training_flops(config: GPTConfig, batch: int, rank: int | None = None) -> in
     else:
         head = linear_flops(d, v, rows, rank)
     return config.n_layers * block + head
+
+
+# ---- Bytes of a training step
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one training step holds.
+
+    weights       all parameters, trained or not
+    gradients     of the parameters that are trained
+    moments       AdamW's two for each of them
+    activations   what the modules keep from forward to backward
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.moments + self.activations
+
+
+def training_memory(
+    config: GPTConfig, batch: int, time: int, rank: int | None = None,
+    target_modules: str | list[str] | None = None, dtype: Any = np.float32,
+) -> Memory:
+    """Predict the bytes of a training step of `GPT(config)` on ids (batch, time), int64.
+
+    rank None is full fine-tuning; else LoRA, on the targets as in `replace_linear_with_lora`.
+    Dropout is taken to be 0. The same, to the byte, as `measured_memory` finds.
+    """
+    check_sizes("training_memory", batch=batch, time=time)
+    size, architecture = float_dtype(dtype).itemsize, gpt_architecture(config)
+    linears = {
+        f"h.{i}.{'mlp' if name in ('up_proj', 'down_proj') else 'attn'}.{name}": shape
+        for i in range(config.n_layers) for name, shape in architecture.linears.items()
+    }
+    if not config.tie_weights:
+        linears["lm_head"] = (config.d_model, config.vocab_size)
+    weights = trained = architecture.num_parameters
+    adapted = None
+    if rank is not None:
+        check_sizes("LoRA", rank=rank)
+        adapted = {name: linears[name] for name in match_names(list(linears), target_modules)}
+        trained = sum(rank * (n_in + n_out) for n_in, n_out in adapted.values())
+        weights += trained
+    ids = 8 * (batch * time + time)  # of tokens and of positions
+    kept = _activations(config, batch, time, linears, adapted, rank or 0)
+    return Memory(size * weights, size * trained, size * 2 * trained, size * kept + ids)
+
+
+def _activations(
+    config: GPTConfig, batch: int, time: int, linears: dict[str, tuple[int, int]],
+    adapted: dict[str, tuple[int, int]] | None, rank: int,
+) -> int:
+    """Count the numbers that a forward keeps: nothing in it depends on their values."""
+    n, d, heads = batch * time, config.d_model, config.n_heads
+    trained = linears if adapted is None else adapted
+    norm = n * d + n  # LayerNorm: xhat and 1 / sqrt(var + eps)
+    # q, k, v and the output, exp(scores - max), and its row sums
+    attention = 4 * n * d + batch * heads * time * time + batch * heads * time
+    count = norm + config.n_layers * (2 * norm + attention + n * 4 * d)  # 4d: GELU's slope
+    for i in range(config.n_layers):
+        block = f"h.{i}."
+        if any(f"{block}attn.{part}_proj" in trained for part in "qkv"):
+            count += n * d  # their input, which they share
+        if f"{block}attn.o_proj" in trained and heads > 1 and time > 1:
+            count += n * d  # with one head, or at one position, it is attention's output itself
+        count += n * d * (f"{block}mlp.up_proj" in trained)
+        count += n * 4 * d * (f"{block}mlp.down_proj" in trained)
+    if "lm_head" in trained or (config.tie_weights and adapted is None):
+        count += n * d
+    for n_in, n_out in (adapted or {}).values():  # W + scale * A B where it is formed, or x A
+        count += n_in * n_out if folding_pays(n_in, n_out, n) else n * rank
+    return count
+
+
+def measured_memory(model: Module, optimizer: Any) -> Memory:
+    """Count the arrays that a real step holds: call it after forward and backward and a step.
+
+    What modules keep from forward to backward is gone by then, so do another forward first.
+    An array that several modules keep, or keep a view of, counts once.
+    """
+    kept: dict[int, int] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, tuple):
+            for item in value:
+                look(item)
+        elif isinstance(value, np.ndarray):
+            while isinstance(value.base, np.ndarray):
+                value = value.base
+            kept[id(value)] = value.nbytes
+
+    for _, module in model.named_modules():
+        look(module._cache)
+    parameters = list(model.parameters())
+    return Memory(
+        sum(p.data.nbytes for p in parameters),
+        sum(p.grad.nbytes for p in parameters if p.grad is not None),
+        optimizer.state_bytes, sum(kept.values()),
+    )

@@ -14,6 +14,7 @@ lie, so every number is checked against the size of the file before memory is as
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import struct
@@ -88,7 +89,8 @@ def save_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the arrays start at a multiple of 8
     head = struct.pack("<Q", len(text)) + text
-    write_atomically(path, [head, *(array.tobytes() for array in arrays)])
+    # One after another, so that no more than one array is in memory twice.
+    write_atomically(path, itertools.chain([head], (array.tobytes() for array in arrays)))
 
 
 def load_safetensors(path: str | Path) -> dict[str, np.ndarray]:
