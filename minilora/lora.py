@@ -43,6 +43,7 @@ SCALINGS = {
     "alpha/sqrt(r)": lambda alpha, rank: alpha / rank**0.5,  # rsLoRA: Kalajdzievski 2023, eq. 7
 }
 INITS = ("fan-in", "rank-fan-in")
+FOLDED_AT_MOST = 256 * 1024  # numbers in a weight; see `folding_pays`
 
 
 class LoRALayer(Module):
@@ -229,9 +230,10 @@ def folding_pays(n_in: int, n_out: int, n_rows: int) -> bool:
     That costs in * out * r multiply-adds and the memory of a second W until backward is done;
     it saves N * r * (in + out), the products (x A) B and (dout Bᵀ) Aᵀ over all N rows, and two
     sums as large as the activations. So it pays where in * out < N (in + out), and we ask for
-    half of that, so that it clearly does: 6 to 10% of a step at d_model 32 to 256.
+    half of that, so that it clearly does: 6 to 10% of a step at d_model 32 to 256. Not for
+    larger weights: there is less to gain then (r / d), and the second W is what is dear.
     """
-    return n_in * n_out < n_rows * (n_in + n_out) / 2
+    return n_in * n_out < n_rows * (n_in + n_out) / 2 and n_in * n_out <= FOLDED_AT_MOST
 
 
 class ModuleToSave(Module):

@@ -272,3 +272,29 @@ def annotate_bars(ax: Axes, values: list[float], form: str) -> None:
     """Write each bar's value above it."""
     for x, value in enumerate(values):
         ax.text(x, value, form.format(value), ha="center", va="bottom", fontsize=9)
+
+
+def grouped_bars(
+    series: dict[str, dict[str, float]], ylabel: str, title: str = "", form: str = "{:.2f}",
+) -> Figure:
+    """Bars {series: {group: value}}: one colour and hatch for each series, side by side."""
+    figure, ax = new_figure(width=9.0)
+    groups = list(next(iter(series.values())))
+    width = 0.8 / len(series)
+    hatches = ("", "////", "....", "xxxx", "\\\\\\\\", "++", "oo")
+    for i, (name, values) in enumerate(series.items()):
+        x = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
+        heights = [values[group] for group in groups]
+        ax.bar(x, heights, width, label=name, color=COLOURS[i % len(COLOURS)],
+               hatch=hatches[i % len(hatches)], edgecolor="white", linewidth=0.5)
+        for at, height in zip(x, heights, strict=True):
+            ax.text(at, height, form.format(height), ha="center", va="bottom", fontsize=8)
+    if "%" in form:
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_xticks(range(len(groups)), groups)
+    ax.grid(False, axis="x")
+    ax.margins(y=0.12)
+    ax.set(ylabel=ylabel, title=title)
+    ax.legend(frameon=False, ncols=len(series), loc="lower center", bbox_to_anchor=(0.5, 1.0),
+              fontsize=9)
+    return figure

@@ -17,8 +17,9 @@ def test_code_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+    scope = {}
+    for block in blocks:  # the later ones go on from the earlier ones
+        exec(compile(block, "README.md", "exec"), scope)
 
 
 def test_the_layer_in_the_readme_is_the_layer_of_the_library():
