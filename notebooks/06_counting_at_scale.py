@@ -246,7 +246,8 @@ for name, config in (("our base", base.config), ("GPT-2 small", small)):
 
 # %% [markdown]
 # At best a third is saved, whatever the size. Notebook 4 has the times.
-#
+
+# %% [markdown]
 # ## Questions
 #
 # 1. Why does the share of LoRA's parameters fall like $1/d$ when a model is made wider, and not at

@@ -192,7 +192,8 @@ plots.bars(accuracies, "accuracy on held-out lines", form="{:.0%}", baseline=0.5
 # Anything may come out. The features of the trained model separate the classes so well that a
 # random direction through them does, too, but which side is called "code" is a matter of luck: an
 # accuracy far *below* one half is the sign of it.
-#
+
+# %% [markdown]
 # ## Questions
 #
 # 1. Why is the accuracy of an untrained head near 50% and not exactly 50%?

@@ -221,11 +221,11 @@ def check_against_peft():
     import logging
     import warnings
 
+    warnings.simplefilter("ignore")
     import peft
     import torch
     import transformers
 
-    warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()
     tokens = torch.from_numpy(ids)
