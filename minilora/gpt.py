@@ -265,6 +265,9 @@ def sample_tokens(
         for _ in range(max_new_tokens):
             context = context[:, -model.config.context_length :]
             logits = model(context)[:, -1].astype(np.float64)
+            if logits.shape[-1] != model.config.vocab_size:
+                raise ValueError(f"the model's head has {logits.shape[-1]} outputs, not one for "
+                                 f"each of {model.config.vocab_size} tokens: it cannot write")
             if np.isnan(logits).any():
                 raise FloatingPointError("the model's logits are nan")
             token = _sample(logits, temperature, top_k, rng)

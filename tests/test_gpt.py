@@ -231,3 +231,10 @@ def test_generate_bad_arguments(tiny_gpt, arguments, words):
     defaults = {"ids": np.array([1]), "max_new_tokens": 2}
     with pytest.raises((ValueError, TypeError), match=words):
         ml.generate(tiny_gpt, **(defaults | arguments))
+
+
+def test_a_classifier_cannot_write(tiny_gpt):
+    tiny_gpt.lm_head = ml.Linear(8, 2)
+    with pytest.raises(ValueError, match="head has 2 outputs, not one for each of 11 tokens"):
+        ml.generate(tiny_gpt, np.array([1, 2]), 3)
+    assert tiny_gpt.training
