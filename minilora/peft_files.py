@@ -276,13 +276,14 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], Adapter]:
     for name, parts in found.items():
         needed = ["lora_A", "lora_B"] + ["lora_magnitude_vector"] * config["use_dora"]
         if missing := [part for part in needed if part not in parts]:
-            raise CheckpointError(f"{folder}: {name} has no {', '.join(missing)}")
+            dora = " (use_dora is set)" if "lora_magnitude_vector" in missing else ""
+            raise CheckpointError(f"{folder}: {name} has no {', '.join(missing)}{dora}")
         a, b, magnitude = parts["lora_A"].T, parts["lora_B"].T, parts.get("lora_magnitude_vector")
         rank = _by_pattern(config["rank_pattern"], name, config["r"])
         if a.shape[1] != rank or b.shape[0] != rank:
             raise CheckpointError(
                 f"{folder}: {name} has factors of rank {a.shape[1]} and {b.shape[0]}, "
-                f"the configuration says {rank}"
+                f"the configuration says {rank} (r, or rank_pattern)"
             )
         if magnitude is not None and magnitude.shape != (b.shape[1],):
             raise CheckpointError(f"{folder}: {name} has a magnitude of shape {magnitude.shape} "

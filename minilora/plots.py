@@ -298,3 +298,17 @@ def grouped_bars(
     ax.legend(frameon=False, ncols=len(series), loc="lower center", bbox_to_anchor=(0.5, 1.0),
               fontsize=9)
     return figure
+
+
+def named_points(points: dict[str, tuple[float, float]], xlabel: str, ylabel: str) -> Figure:
+    """Named points {name: (x, y)} on two logarithmic axes, each with its name beside it."""
+    figure, ax = new_figure(width=9.0)
+    for i, (name, (x, y)) in enumerate(points.items()):
+        ax.plot([x], [y], MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], markersize=7)
+        side = -1 if i % 2 else 1
+        ax.annotate(name, (x, y), xytext=(7 * side, 3 * side), textcoords="offset points",
+                    fontsize=8, ha="right" if i % 2 else "left", va="top" if i % 2 else "bottom")
+    ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.margins(x=0.15, y=0.1)
+    return figure

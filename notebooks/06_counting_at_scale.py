@@ -69,16 +69,20 @@ print(f"{'model':20}{'parameters':>18}{'LoRA r=8 on q, v':>18}{'share':>9}")
 for name, model in sizes.items():
     total, lora = model.num_parameters, model.lora_parameters(8, Q_V)
     print(f"{name:20}{total:>18,}{lora:>18,}{lora / total:>9.3%}")
-points = [(m.num_parameters, m.lora_parameters(8, Q_V) / m.num_parameters) for m in sizes.values()]
-points.sort()
-plots.lines({"r = 8 on q and v": tuple(zip(*points, strict=True))}, "parameters of the model",
-            "share that LoRA trains", xscale="log", yscale="log")
+shown = ["our base", "smollm2-135m", "gpt2-small", "gpt2-medium", "gpt2-xl", "llama-2-7b",
+         "gpt3-175b"]
+plots.named_points(
+    {name: (sizes[name].linears["q_proj"][0],
+            sizes[name].lora_parameters(8, Q_V) / sizes[name].num_parameters) for name in shown},
+    "width of the model", "share that LoRA trains",
+)
 
 # %% [markdown]
-# The share falls as models grow: the matrices grow with $d^2$, the thin ones with $d$.
+# The share falls as models grow *wider*: their matrices grow with $d^2$, the thin ones with $d$.
 #
-# A model card that you may meet: GPT-2 small with a head for two classes, LoRA of rank 16 on every
-# linear layer, the head included.
+# A count that you may meet, in appendix E of Raschka's *Build a Large Language Model (From
+# Scratch)*: GPT-2 small with a head for two classes, LoRA of rank 16 on every linear layer, the
+# head included.
 
 # %%
 small = ml.GPTConfig.gpt2("small")
@@ -94,7 +98,9 @@ assert (everything, trained) == (124_441_346, 2_666_528)
 # Hu et al. 2021 (arXiv:2106.09685) print how many parameters each method trains. Their formula for
 # LoRA is $2 \cdot L_{LoRA} \cdot d \cdot r$, for $L_{LoRA}$ adapted matrices (section 5.1). For
 # adapters, `Adapter^H`, it is $L (2dr + r + d)$; for prefixes $d$ for each token. What comes out,
-# beside what is printed, in millions:
+# beside what is printed, in millions. (GPT-3 has 96 layers with two adapters each, 192. Adapters
+# also train norms, which the rows for GPT-3 leave out. The prefix has 256 tokens, and 8 more
+# between the layers' inputs.)
 
 # %%
 gpt3 = PUBLISHED["gpt3-175b"]
@@ -116,18 +122,19 @@ tables = [
 wrong = []
 for what, count, printed in tables:
     digits = len(str(printed).partition(".")[2])
-    fits = abs(count / 1e6 - printed) <= 0.6 * 10**-digits
-    if "r=64" in what:  # 301,989,888: cut off instead of rounded
-        fits = abs(count / 1e6 - printed) < 0.1
-    wrong += [] if fits else [what]
-    print(f"{what:34}{count:>13,}  printed {printed:>6}M{'' if fits else '   <- does not follow'}")
+    fits = round(count / 1e6, digits) == printed
+    cut_off = int(count / 1e6 * 10**digits) / 10**digits == printed
+    wrong += [] if fits or cut_off else [what]
+    remark = "" if fits else "   (cut off, not rounded)" if cut_off else "   <- does not follow"
+    print(f"{what:34}{count:>13,}  printed {printed:>6}M{remark}")
 assert wrong == ["GPT-2 medium, LoRA r=4 on q, v", "GPT-2 large, LoRA r=4 on q, v"]
 
 # %% [markdown]
-# Two printed numbers do not follow from the paper's own formula: 0.35M where $2 \cdot 48 \cdot 1024
-# \cdot 4$ is 0.39M, and 0.77M where it is 0.74M. Nothing hangs on them, but it is worth knowing
-# that a table can be checked. A third slip is in a sentence: appendix D.4 equates 37.7M with
-# $r = 2$ on four matrices.
+# Two printed numbers do not follow from the paper's own formula: 0.35M where $2 \cdot 48 \cdot
+# 1024 \cdot 4$ is 0.39M, and 0.77M where it is 0.74M. Nothing hangs on them, but it is worth
+# knowing that a table can be checked. (A reader who checks everything will find more: DeBERTa's
+# 4.7M needs $r = 16$, as in the released scripts and above; table 10 of the appendix says $r =
+# 8$.) A third slip is in a sentence: appendix D.4 equates 37.7M with $r = 2$ on four matrices.
 
 # %%
 for r in (2, 4):
@@ -141,6 +148,7 @@ assert gpt3.lora_parameters(4, ALL_FOUR) == gpt3.lora_parameters(8, Q_V) == 37_7
 # %%
 before, after = 2 * gpt3.num_parameters, 2 * gpt3.lora_parameters(4, Q_V)
 print(f"{before / 1e9:.0f} GB -> {after / 1e6:.1f} MB: {before / after:,.0f} to 1")
+print(f"= {after / 2**20:.0f} MiB, which the paper rounds to 35 MB and 10,000 to 1")
 print(f"a hundred tasks: {100 * before / 1e12:.0f} TB, or {(before + 100 * after) / 1e9:.0f} GB")
 
 # %% [markdown]
@@ -192,17 +200,19 @@ for name, config in models.items():
         print(f"{name:12} {method}: " + ", ".join(
             f"{part} {vars(memory)[part] / 1e6:,.1f}" for part in parts)
             + f"; in all {memory.total / 1e6:,.1f} MB")
+of_full = {name: sum(shares[name.replace("LoRA", "full")].values()) for name in shares}
 plots.grouped_bars(
-    {part: {name: values[part] / sum(values.values()) for name, values in shares.items()}
-     for part in parts}, "share of the memory of a step", form="{:.0%}",
+    {part: {name: values[part] / of_full[name] for name, values in shares.items()}
+     for part in parts}, "bytes, as a share of all\nthat full fine-tuning needs", form="{:.0%}",
 )
 
 # %% [markdown]
-# Look at the activations. LoRA does not make them smaller, since the gradient has to travel through
-# all the same layers. At our size, and at any size with a large batch, they are most of the memory,
-# and LoRA saves little of the *total*. What it saves are gradients and moments, $12$ bytes for each
-# parameter that is not trained: little here, but 18.6 GB, half of all, for GPT-2 XL. So say "LoRA
-# saves $n$ bytes of gradients and moments", not "LoRA needs $n$ times less memory".
+# Look at the activations. LoRA on *every* matrix does not make them smaller: the input of each
+# layer is still needed, now for $dA$ and $dB$. (On query and value alone, the inputs of the other
+# layers fall away.) At our size, and at any size with a large batch, activations are most of the
+# memory, and LoRA saves little of the *total*. What it saves are gradients and moments, $12$ bytes
+# for each parameter that is not trained: little here, but 18.6 GB, half of all, for GPT-2 XL. So
+# say "LoRA saves $n$ bytes of gradients and moments", not "LoRA needs $n$ times less memory".
 
 # %%
 xl = ml.GPTConfig.gpt2("xl")
@@ -212,6 +222,10 @@ held = full.weights + full.gradients + full.moments
 print(f"GPT-2 XL: {saved / 1e9:.1f} GB saved of {held / 1e9:.1f} GB without activations")
 assert 18.55e9 < saved < 18.65e9
 assert abs(lora.activations / full.activations - 1) < 0.1
+q_v = training_memory(xl, 16, 128, 8, Q_V).activations
+print(f"activations: {full.activations / 1e9:.1f} GB full, {lora.activations / 1e9:.1f} GB LoRA on "
+      f"all matrices, {q_v / 1e9:.1f} GB on q and v")
+assert q_v < 0.75 * full.activations
 
 # %% [markdown]
 # ## FLOPs: where LoRA begins to save work
@@ -252,7 +266,8 @@ for name, config in (("our base", base.config), ("GPT-2 small", small)):
 #
 # 1. Why does the share of LoRA's parameters fall like $1/d$ when a model is made wider, and not at
 #    all when it is made deeper?
-# 2. Which entry of a model card would you check first, and what do you need for that?
+# 2. A model card says: Llama-2-7B, LoRA on q, k, v and o, 8.4M trainable parameters. Which rank is
+#    that?
 # 3. GPT-2 XL with LoRA, batch 16 times 128: what would you do first to make it need less memory?
 # 4. The ratio of FLOPs tends to 2/3 for wide layers. In which model of this page is LoRA of rank 64
 #    more work than full fine-tuning?

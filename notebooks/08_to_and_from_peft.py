@@ -143,7 +143,7 @@ assert config["r"] == 4
 # | `bias` | biases were trained as well, of adapted layers or all | stored whole |
 # | `use_dora` | lengths and directions apart | `DoRALinear`, below |
 #
-# What cannot be honoured is an error that names the setting. Nothing is left out in silence, since
+# What cannot be honoured is an error that names it. Nothing is left out in silence, since
 # a model that loads and is slightly wrong is the worst outcome:
 
 # %%
@@ -162,9 +162,9 @@ for change in ({"lora_bias": True}, {"init_lora_weights": "pissa"}, {"target_mod
 # ## DoRA
 #
 # Liu et al. 2024 (arXiv:2402.09353) looked at how full fine-tuning changes the columns of a
-# weight: their *lengths* and their *directions* change rather independently, while LoRA mostly
-# changes both together. DoRA learns the lengths as a vector $m$ of their own. With $V = W + s\,AB$
-# and $n = \|V\|$, column by column,
+# weight: columns whose *length* changes more change their *direction* less. With LoRA it is the
+# other way round, both change together. DoRA learns the lengths as a vector $m$ of their own (not
+# the width $m$ of before). With $V = W + s\,AB$ and $n = \|V\|$, column by column,
 #
 # $$W' = \frac{m}{n} V, \qquad m = \|W\| \text{ at the start, so that } W' = W.$$
 #
@@ -213,7 +213,8 @@ plots.lines(curves, "step", "loss on held-out code (nats per character)")
 #
 # ## Against PEFT itself
 #
-# All of the above, checked where it matters: transformers loads our base, PEFT our adapter; then
+# Base, adapter and merging, checked where it matters: transformers loads our base, PEFT our
+# adapter; then
 # PEFT makes a DoRA adapter with a saved norm, and we load that.
 
 # %%
