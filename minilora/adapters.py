@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,16 @@ class Factors:
     def arrays(self) -> list[np.ndarray]:
         return [a for a in (self.A, self.B, self.magnitude) if a is not None]
 
+    def fault(self, dtype: Any = np.float64) -> str:
+        """Say what is wrong with the shapes or numbers, "" where nothing is."""
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[1] != self.B.shape[0]:
+            return f"factors of shapes {self.A.shape} and {self.B.shape}, not (in, r) and (r, out)"
+        if self.magnitude is not None and self.magnitude.shape != self.B.shape[1:]:
+            return f"a magnitude of shape {self.magnitude.shape}, not {self.B.shape[1:]}"
+        if not all(_is_finite(array, dtype) for array in self.arrays):
+            return "factors with nan or inf"
+        return ""
+
     def delta_weight(self) -> np.ndarray:
         """Return scale * A B, (in, out)."""
         return self.scale * (self.A @ self.B)
@@ -75,6 +86,11 @@ class Factors:
         """
         a, b = self.A.astype(np.float64), self.B.astype(np.float64)
         return abs(self.scale) * float(np.sqrt(max(((a.T @ a) * (b @ b.T)).sum(), 0.0)))
+
+
+def _is_finite(array: np.ndarray, dtype: Any) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(np.asarray(array, dtype)).all())
 
 
 @dataclass(frozen=True)
@@ -153,7 +169,8 @@ def _whole_head(head: Module) -> dict[str, np.ndarray]:
 def attach(model: Module, adapter: Adapter) -> Module:
     """Attach an adapter to a model, in the place of the one that may be there; return the model.
 
-    The base is frozen and otherwise untouched. All is checked before anything is changed:
+    Its parameters are new ones: make the optimizer afterwards. The base is frozen and otherwise
+    untouched. All is checked before anything is changed:
     CheckpointError that lists every name and shape that does not fit.
     """
     _refuse_bare(model)
@@ -163,13 +180,12 @@ def attach(model: Module, adapter: Adapter) -> Module:
     faults += _misfits(model, base, adapter)
     if faults:
         raise CheckpointError("the adapter does not fit the model: " + "; ".join(faults))
-    before = dict(lora_layers(model))
     new: dict[str, Module] = {}
     rng = make_rng(0)  # of dropout, so that no two layers drop the same
+    shared: dict[int, Parameter] = {}
     with warnings.catch_warnings(action="ignore"):  # of a rank that is not ours to choose
         for path in dict.fromkeys([*adapter.layers, *by_module(adapter.saved)]):
-            new[path] = _wrapper(model, base.get(path), path, adapter, rng)
-    _fill({path: w for path, w in new.items() if path in adapter.layers}, adapter, before)
+            new[path] = _wrapper(model, base.get(path), path, adapter, rng, shared)
     by_id = {id(base[path]): wrapper for path, wrapper in new.items() if path in base}
     new |= {path: by_id[id(m)] for path, m in base.items() if id(m) in by_id}  # at every place
     if wrappers(model):
@@ -200,14 +216,20 @@ def by_module(saved: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
 def _misfits(model: Module, base: dict[str, Module], adapter: Adapter) -> list[str]:
     """Say of everything in the adapter that does not fit the model why not."""
     linears = [path for path, module in base.items() if isinstance(module, Linear)]
+    dtype = next(model.parameters()).data.dtype
     faults = []
     for path, factors in adapter.layers.items():
         found = base.get(path)
-        shape = factors.A.shape[0], factors.B.shape[1]
-        if not isinstance(found, Linear):
+        odd = factors.fault(dtype)
+        shape = (None, None) if odd else (factors.A.shape[0], factors.B.shape[1])
+        if odd:
+            faults.append(f"{path} has {odd}")
+        elif not isinstance(found, Linear):
             faults.append(f"the model has no linear layer {path!r}{closest(path, linears)}")
         elif shape != found.weight.shape:
             faults.append(f"{path} is {found.weight.shape} in the model, {shape} in the adapter")
+    faults += [f"{name} has nan or inf" for name, array in adapter.saved.items()
+               if not _is_finite(array, dtype)]
     for path, arrays in by_module(adapter.saved).items():
         if path == "lm_head" and isinstance(model, GPT):
             weight = arrays.get("weight")
@@ -230,9 +252,14 @@ def _misfits(model: Module, base: dict[str, Module], adapter: Adapter) -> list[s
 
 
 def _wrapper(
-    model: Module, original: Module | None, path: str, adapter: Adapter, rng: np.random.Generator
+    model: Module, original: Module | None, path: str, adapter: Adapter,
+    rng: np.random.Generator, shared: dict[int, Parameter],
 ) -> Module:
-    """Make what stands in the place of one module of the base."""
+    """Make what stands in the place of one module of the base.
+
+    One array that several layers share, as q, k and v do in a fused adapter, becomes one
+    Parameter in all of them: `shared` remembers it.
+    """
     arrays = by_module(adapter.saved).get(path, {})
     dtype = next(model.parameters()).data.dtype
     own = {name: Parameter(np.asarray(array, dtype)) for name, array in arrays.items()}
@@ -250,6 +277,11 @@ def _wrapper(
         module = kind(
             module, factors.rank, factors.alpha, factors.scaling, adapter.dropout, rng=rng
         )
+        for owner, name, array in ((module.lora, "A", factors.A), (module.lora, "B", factors.B),
+                                   (module, "magnitude", factors.magnitude)):
+            if array is not None:
+                fresh = Parameter(np.asarray(array, dtype))
+                setattr(owner, name, shared.setdefault(id(array), fresh))
     module.train(model.training)
     if not own:
         return module
@@ -259,38 +291,11 @@ def _wrapper(
     return wrapper
 
 
-def _fill(
-    new: dict[str, Module], adapter: Adapter, before: dict[str, LinearWithLoRA]
-) -> None:
-    """Put the adapter's numbers into the new layers.
-
-    One array that several layers share, as q, k and v do in a fused adapter, is one Parameter
-    in all of them. Where the layer before had one of the same shape, it is that Parameter,
-    since an optimizer may hold it.
-    """
-    made: dict[int, Parameter] = {}
-    for path, wrapper in new.items():
-        layer = wrapper.module if isinstance(wrapper, ModuleToSave) else wrapper
-        old = before.get(path, before.get(f"{path}.module"))
-        factors = adapter.layers[path]
-        for owner, name, array, candidate in (
-            (layer.lora, "A", factors.A, old and old.lora.A),
-            (layer.lora, "B", factors.B, old and old.lora.B),
-            (layer, "magnitude", factors.magnitude, getattr(old, "magnitude", None)),
-        ):
-            if array is None:
-                continue
-            if id(array) not in made:
-                taken = any(candidate is p for p in made.values())
-                fits = candidate is not None and candidate.shape == array.shape and not taken
-                made[id(array)] = candidate if fits else getattr(owner, name)
-                made[id(array)].data[...] = array
-            setattr(owner, name, made[id(array)])
-
-
 def _refuse_bare(model: Module) -> None:
     if isinstance(model, (Linear, LinearWithLoRA, ModuleToSave)):
         raise TypeError("an adapter belongs to a model with named layers, not to a bare Linear")
+    if not isinstance(model, Module):
+        raise TypeError(f"expected a Module with the adapter, got {type(model).__name__}")
 
 
 # ---- Combining
@@ -323,6 +328,10 @@ def weighted_sum(
     for weight, adapter in zip(weights, adapters, strict=True):
         for path, factors in adapter.layers.items():
             parts.setdefault(path, []).append((weight * factors.scale, factors))
+    for path, part in parts.items():
+        shapes = {(f.A.shape[0], f.B.shape[1]) for _, f in part}
+        if len(shapes) > 1:
+            raise ValueError(f"{path} has different sizes in the adapters: {sorted(shapes)}")
     join = _cat if combination_type == "cat" else _linear
     layers = {path: join(path, part) for path, part in parts.items()}
     return Adapter(layers, dropout=max(adapter.dropout for adapter in adapters))
@@ -355,6 +364,8 @@ def compress(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, float]]:
         raise ValueError("a DoRA update is not A B alone, it cannot be compressed this way")
     layers, errors = {}, {}
     for path, f in adapter.layers.items():
+        if f.fault():
+            raise ValueError(f"{path} has {f.fault()}")
         qa, ra = np.linalg.qr(f.A.astype(np.float64))
         qb, rb = np.linalg.qr(f.B.T.astype(np.float64))
         u, s, vt = np.linalg.svd(f.scale * (ra @ rb.T))
@@ -380,6 +391,8 @@ def extract_lora(
     layers, errors = {}, {}
     for path in find_targets(base, target_modules):
         w0, w1 = old[f"{path}.weight"].data, new[f"{path}.weight"].data
+        if not (np.isfinite(w0).all() and np.isfinite(w1).all()):
+            raise ValueError(f"{path}.weight has nan or inf in one of the models")
         u, s, vt = np.linalg.svd(w1.astype(np.float64) - w0, full_matrices=False)
         layers[path], errors[path] = _best(u, s, vt, rank, w0.dtype)
     left = [name for name, p in old.items() if name.removesuffix(".weight") not in layers

@@ -7,6 +7,8 @@ by side in one matrix, c_attn (d, 3d).
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,17 @@ HF_BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, stored by o
 
 
 def our_names(layer: str) -> list[str]:
-    """Return our names for a layer of GPT-2, "transformer." in front or not; three for c_attn."""
+    """Return our names for a layer of GPT-2, "transformer." in front or not; three for c_attn.
+
+    Whatever is no such layer keeps its name.
+    """
     layer = layer.removeprefix("transformer.")
     prefix, _, last = layer.rpartition(".")
-    if last == "c_attn":
+    if last == "c_attn" and re.fullmatch(r"h\.\d+\.attn", prefix):
         return [f"{prefix}.{part}_proj" for part in "qkv"]
-    h, _, rest = layer.partition(".")[2].partition(".")
-    return [f"h.{h}.{HF_NAMES[rest]}"] if rest in HF_NAMES else [layer]
+    block, _, rest = layer.removeprefix("h.").partition(".")
+    known = rest in HF_NAMES and layer == f"h.{block}.{rest}"
+    return [f"h.{block}.{HF_NAMES[rest]}"] if known else [layer]
 
 
 def their_name(layer: str) -> str:
@@ -60,10 +66,19 @@ def from_hf_gpt2(folder: str | Path, dtype: Any = np.float32) -> GPT:
     """
     folder, dtype = Path(folder), float_dtype(dtype)
     config = _hf_config(folder / "config.json")
+    stored = _hf_tensors(folder)
     tensors = {
         name.removeprefix("transformer."): array
-        for name, array in _hf_tensors(folder).items() if not name.endswith(HF_BUFFERS)
+        for name, array in stored.items() if not name.endswith(HF_BUFFERS)
     }
+    for name in stored:
+        if f"transformer.{name}" in stored:
+            raise CheckpointError(f"{folder}: {name} stands twice, with and without transformer.")
+    head = tensors.get("lm_head.weight")
+    if config.tie_weights and head is not None and not np.array_equal(
+        head, tensors.get("wte.weight")
+    ):
+        config = replace(config, tie_weights=False)  # as transformers does: the stored head counts
     state = {}
     for name, array in tensors.items():
         layer, dot, kind = name.rpartition(".")
@@ -168,7 +183,7 @@ def refuse_settings(path: Path, settings: dict[str, Any], neutral: dict[str, tup
     """Raise CheckpointError for a setting that has a value other than those known to do nothing."""
     for key, values in neutral.items():
         if key in settings and settings[key] not in values:
-            raise CheckpointError(f"{path}: {key} = {settings[key]!r} is not supported")
+            raise CheckpointError(f"{path}: {key} = {repr(settings[key])[:80]} is not supported")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -387,6 +387,10 @@ def find_modules(model: Module, names: str | list[str]) -> dict[str, Module]:
     Raises ValueError where one fits no module or one with LoRA layers, TypeError as find_targets.
     """
     _check_model(model)
+    for name in [names] if isinstance(names, str) else names:
+        if isinstance(name, str) and getattr(model, name, model) is None:
+            raise ValueError(f"{name} is None in this model (a tied head has no matrix of its "
+                             "own): put a module there first")
     known = {path: module for path, module in outer_modules(model) if path}
     found: dict[str, Module] = {}
     for path in match_names(list(known), names, "module"):
@@ -435,9 +439,9 @@ def match_names(
     patterns = target_modules if isinstance(target_modules, (list, tuple)) else [target_modules]
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"target_modules takes names or globs, got {pattern!r}")
+            raise TypeError(f"the names of a {what} are text, or globs, got {pattern!r}")
     if not patterns:
-        raise ValueError("target_modules is empty: name a layer, or pass None for every Linear")
+        raise ValueError(f"the list is empty: name a {what}, or pass None")
     for pattern in patterns:
         if not any(_fits(path, pattern) for path in known):
             raise ValueError(_no_such_target(pattern, known, what))

@@ -33,7 +33,7 @@ from minilora.gpt import GPT
 from minilora.interop import our_names, read_json, refuse_settings, their_name
 from minilora.layers import Embedding, Linear
 from minilora.lora import base_module
-from minilora.module import Module
+from minilora.module import Module, Parameter
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -52,6 +52,7 @@ SILENT = {
     "ensure_weight_tying",
 }
 OFF = (None, False, [], {})
+MAX_NAME = 500  # characters of a tensor's name
 BASE_WEIGHT = ".base_layer.weight"  # PEFT stores the base's own, too, of a head that is adapted
 # Other ways to initialise A and B change the weights of the base as well.
 INITS = (True, None, "gaussian", "orthogonal", "eva", False)
@@ -128,16 +129,6 @@ def _untied(model: Module, adapter: Adapter) -> Adapter:
     return Adapter(adapter.layers, adapter.saved | head, adapter.dropout)
 
 
-def _tied(model: GPT, saved: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The other way round; and where only the input was stored, the head stays the old wte."""
-    if model.config.tie_weights and "wte.weight" in saved:
-        head = saved.get("lm_head.weight", base_module(model.wte).weight.data.T)
-        saved = saved | {"lm_head.weight": head}
-        if np.array_equal(head.T, saved["wte.weight"]):
-            del saved["lm_head.weight"]
-    return saved
-
-
 def _vocabulary(model: GPT) -> tuple[int, int]:
     return model.config.d_model, model.config.vocab_size
 
@@ -204,8 +195,7 @@ def _write(adapter: Adapter, path: str | Path, linears: list[str], extra: dict[s
     ranks = {name: f.rank for name, f in layers.items()}
     (rank, _), = Counter(ranks.values()).most_common(1)
     (alpha, _), = Counter(alphas.values()).most_common(1)
-    # A pattern fits the end of a name, and the first that fits counts: so longer names first.
-    names = sorted(layers, key=lambda name: (-len(name), name))
+    names = sorted(layers)
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": None,
@@ -214,10 +204,11 @@ def _write(adapter: Adapter, path: str | Path, linears: list[str], extra: dict[s
         "lora_alpha": alpha,
         "use_rslora": rslora,
         "use_dora": bool(dora),
-        "rank_pattern": {re.escape(n): ranks[n] for n in names if ranks[n] != rank},
-        "alpha_pattern": {re.escape(n): alphas[n] for n in names if alphas[n] != alpha},
+        # A pattern would fit the end of a name, too: ^ keeps "0" from fitting "1.0".
+        "rank_pattern": {f"^{re.escape(n)}": ranks[n] for n in names if ranks[n] != rank},
+        "alpha_pattern": {f"^{re.escape(n)}": alphas[n] for n in names if alphas[n] != alpha},
         "lora_dropout": adapter.dropout,
-        "target_modules": sorted(layers),
+        "target_modules": names,
         "modules_to_save": whole or None,
         "bias": "none" if not biases else "lora_only" if set(biases) <= set(layers) else "all",
     } | extra
@@ -254,9 +245,13 @@ def load_adapter(model: Module, path: str | Path) -> Module:
     """
     config, adapter = read_adapter(path)
     try:
-        return attach(model, _in_our_names(model, config, adapter)).eval()
+        adapter, untied = _in_our_names(model, config, adapter)
+        attach(model, adapter)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if untied:
+        model.lm_head.freeze()
+    return model.eval()
 
 
 load_peft = load_adapter  # PEFT's files are our files
@@ -270,6 +265,9 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], Adapter]:
     """
     folder = Path(path)
     folder = folder.parent if folder.is_file() else folder
+    if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
+        raise CheckpointError(f"{folder} holds adapter_model.bin, a pickle, which can run code "
+                              "when it is read: save it as safetensors first")
     config = _read_config(folder / CONFIG_FILE)
     found, saved = _sort_tensors(folder / WEIGHTS_FILE, config)
     layers = {}
@@ -325,17 +323,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         patterns = config[key]
         check(key, isinstance(patterns, dict) and all(map(right, patterns.values()))
-              and all(map(_compiles, patterns)), "regular expressions with their numbers")
+              and all(map(_is_harmless, patterns)), "regular expressions with their numbers")
     for key in ("target_modules", "exclude_modules"):
         value = config[key]
         check(key, value is None or _is_names(value)
-              or isinstance(value, str) and _compiles(value), "names or a regular expression")
+              or isinstance(value, str) and _is_harmless(value), "names or a regular expression")
     check("modules_to_save", _is_names(config["modules_to_save"]), "a list of names")
     index, pattern = config["layers_to_transform"], config["layers_pattern"]
     check("layers_to_transform", index is None or type(index) is int or isinstance(index, list)
           and all(type(i) is int for i in index), "a number or a list of numbers")
     pattern = [pattern] if isinstance(pattern, str) else pattern or []
-    check("layers_pattern", _is_names(pattern) and all(map(_compiles, pattern)), "names")
+    check("layers_pattern", _is_names(pattern) and all(map(_is_harmless, pattern)), "names")
+    if isinstance(config["target_modules"], str) and index not in (None, []):
+        raise CheckpointError(f"{path}: layers_to_transform needs a list as target_modules, PEFT "
+                              "has no meaning for it beside a regular expression")
     check("target_modules", config["target_modules"] is not None, "given")
     return config
 
@@ -345,15 +346,19 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _compiles(pattern: str) -> bool:
+def _is_harmless(pattern: str) -> bool:
+    """Whether it is a regular expression, and none that may take for ever, such as (a+)+."""
+    if len(pattern) > 1000 or re.search(r"[*+}][^()]*\)[*+{]", pattern):
+        return False
     try:
+        re.compile(rf"(.*\.)?({pattern})$")  # as it is used, and by itself
         re.compile(pattern)
         return True
     except (re.error, RecursionError, OverflowError):
@@ -384,14 +389,16 @@ def _targeted(config: dict[str, Any], name: str) -> bool:
         return name not in HEADS
     if not _names_or_regex(targets, name):
         return False
+    if name in targets:
+        return True  # a full name counts whatever its layer
     index, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
-    if isinstance(targets, str) or index is None or index == []:
+    if index is None or index == []:
         return True
     before = [patterns] if isinstance(patterns, str) else patterns or [r".*?\.[^.]*"]
     for pattern in before:
-        found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name)
+        found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<layer_index>\d+)\.", name)
         if found:
-            return int(found[1]) in ([index] if isinstance(index, int) else index)
+            return int(found["layer_index"]) in ([index] if isinstance(index, int) else index)
     return False
 
 
@@ -402,8 +409,10 @@ def _names_or_regex(wanted: str | list[str], name: str) -> bool:
 
 
 def _inside(name: str, modules: list[str]) -> bool:
-    """Whether the name is that of one of the modules, or of something in it."""
-    return any(f".{module}." in f".{name}." for module in modules)
+    """Whether the name, or that of something it is in, ends with that of one of the modules."""
+    parts = name.split(".")
+    around = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(outer.endswith(module) for outer in around for module in modules)
 
 
 FACTOR = re.compile(
@@ -418,51 +427,68 @@ def _sort_tensors(
     """Return {layer: {"lora_A": (r, in), ...}} and {parameter stored whole: array}."""
     layers: dict[str, dict[str, np.ndarray]] = {}
     saved: dict[str, np.ndarray] = {}
-    adapters = set()
+    tensors: dict[str, np.ndarray] = {}
     for key, array in load_safetensors(path).items():
         name = key.removeprefix(PREFIX)
-        match = FACTOR.fullmatch(name)
-        if match and (match["weight"] or match["kind"] == "lora_magnitude_vector"):
-            adapters.add(match["adapter"])
-            place, name, width = layers.setdefault(match["layer"], {}), match["kind"], 2
-            if name == "lora_magnitude_vector":
-                width = 1
-                if not config["use_dora"]:
-                    raise CheckpointError(f"{path}: {key} is of DoRA, but use_dora is not set")
-        else:
-            name = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", name)
-            name = re.sub(r"\.base_layer(?=\.bias$)", "", name)
-            place, width = saved, None
-        if array.dtype.kind != "f" or array.ndim not in ((width,) if width else (1, 2)):
-            raise CheckpointError(f"{path}: {key} must be a matrix of floating-point numbers "
-                                  f"(or a vector, if it is a bias), got {array.dtype} "
-                                  f"{array.shape}")
-        if name in place:
-            raise CheckpointError(f"{path}: {key} stands twice, with and without {PREFIX} or the "
-                                  "name of an adapter")
-        place[name] = array
+        if name in tensors:
+            raise CheckpointError(f"{path}: {key} stands twice, with and without {PREFIX}")
+        if len(name) > MAX_NAME:
+            raise CheckpointError(f"{path}: the name {name[:80]}... is too long")
+        tensors[name] = array
+    factors = {name: match for name in tensors if (match := FACTOR.fullmatch(name))
+               and (match["weight"] or match["kind"] == "lora_magnitude_vector")}
+    adapters = {match["adapter"] for match in factors.values()}
     if len(adapters) > 1:
         raise CheckpointError(f"{path} holds several adapters: {', '.join(map(str, adapters))}")
+    adapter = next(iter(adapters), None)
+    wrapper = r"\.modules_to_save" + (rf"(?:\.{re.escape(adapter)})?" if adapter else "")
+    for name, array in tensors.items():
+        if name in factors:
+            layer, kind = factors[name]["layer"], factors[name]["kind"]
+            place, short, axes = layers.setdefault(layer, {}), kind, 2
+            if kind == "lora_magnitude_vector":
+                axes = 1
+                if not config["use_dora"]:
+                    raise CheckpointError(f"{path}: {name} is of DoRA, but use_dora is not set")
+        else:
+            short = re.sub(rf"{wrapper}(?=\.)", "", name)
+            short = re.sub(r"\.base_layer(?=\.bias$)", "", short)
+            place, axes = saved, None
+        _check_tensor(path, name, array, axes)
+        if short in place and not np.array_equal(place[short], array):
+            raise CheckpointError(f"{path}: {name} stands twice, with different numbers")
+        place[short] = array
     for name in saved:
         module, _, kind = name.rpartition(".")
         known = _inside(module, config["modules_to_save"]) or kind == "bias" and (
             config["bias"] == "all" or config["bias"] == "lora_only" and module in layers
         ) or name.endswith(BASE_WEIGHT) and name.removesuffix(BASE_WEIGHT) in layers
+        known = known or name == "lm_head.weight" and config.get("ensure_weight_tying")
+        if ".lora_embedding_" in name:
+            raise CheckpointError(f"{path}: {name} is LoRA on an embedding, which is not supported")
         if not known:
-            raise CheckpointError(f"{path}: {name} is neither lora_A.weight nor lora_B.weight, nor "
-                                  "does the configuration say that it is stored whole")
-    if config["modules_to_save"] and not any(
-        _inside(name, config["modules_to_save"]) for name in saved
-    ):
-        raise CheckpointError(f"{path} has none of modules_to_save, "
-                              f"{', '.join(config['modules_to_save'])}")
-    if config["bias"] != "none" and not any(name.endswith(".bias") for name in saved):
-        raise CheckpointError(f"{path} has no biases, but bias is {config['bias']!r}")
+            raise CheckpointError(f"{path}: {name[:200]} is neither lora_A.weight nor "
+                                  "lora_B.weight, nor does the configuration say that it is "
+                                  "stored whole")
     return layers, saved
 
 
-def _in_our_names(model: Module, config: dict[str, Any], adapter: Adapter) -> Adapter:
-    """Translate an adapter into our names and orientation, once it fits its configuration."""
+def _check_tensor(path: Path, name: str, array: np.ndarray, axes: int | None) -> None:
+    if array.dtype.kind != "f" or array.ndim not in ((axes,) if axes else (1, 2)):
+        kind = {1: "a vector", 2: "a matrix", None: "a matrix or a vector"}[axes]
+        raise CheckpointError(f"{path}: {name} must be {kind} of floating-point numbers, got "
+                              f"{array.dtype} {array.shape}")
+
+
+def _in_our_names(
+    model: Module, config: dict[str, Any], adapter: Adapter
+) -> tuple[Adapter, bool]:
+    """Translate an adapter into our names and orientation, once it fits its configuration.
+
+    Also say whether the head is the base's wte, which is kept apart from a new one.
+    """
+    if not isinstance(model, Module):
+        raise TypeError(f"expected a Module to load onto, got {type(model).__name__}")
     base = dict(base_modules(model))
     linears = [name for name, module in base.items() if isinstance(module, Linear)]
     hugging_face = isinstance(model, GPT) and not set(adapter.layers) <= set(linears) and any(
@@ -480,29 +506,82 @@ def _in_our_names(model: Module, config: dict[str, Any], adapter: Adapter) -> Ad
                               "which there are factors")
     if missing and set(adapter.layers) <= set(known):
         raise CheckpointError("there are no factors for the targets " + ", ".join(missing[:5]))
-    own = {n: a for n, a in adapter.saved.items() if not n.endswith(BASE_WEIGHT)}
-    layers, saved = {}, {}
-    for name in adapter.saved.keys() - own.keys():
-        head = base.get(name.removesuffix(BASE_WEIGHT))
-        if head is None or not np.array_equal(adapter.saved[name].T, head.weight.data):
-            raise CheckpointError(f"{name} is not the weight that the model has there")
+    if isinstance(model, GPT) and model.config.tie_weights and "lm_head" in adapter.layers and (
+        "lm_head" not in linears
+    ):
+        raise CheckpointError("lm_head is a target, but the head of this model is tied to wte: it "
+                              "has no matrix of its own to adapt")
+    layers: dict[str, Factors] = {}
+    saved: dict[str, np.ndarray] = {}
+
+    def put(place: dict[str, Any], name: str, value: Any) -> None:
+        if name in place:
+            raise CheckpointError(f"two entries of the file are for {name}")
+        place[name] = value
+
     for name, f in adapter.layers.items():
         ours = our_names(name) if hugging_face else [name]
         columns = _split(f.B, ours, name)
         lengths = [None] * len(ours) if f.magnitude is None else _split(f.magnitude, ours, name)
         for our, b, m in zip(ours, columns, lengths, strict=True):
-            layers[our] = Factors(f.A, b, f.alpha, f.scaling, m)  # one A for all of them
-    for name, array in own.items():
-        module, _, kind = name.rpartition(".")
+            put(layers, our, Factors(f.A, b, f.alpha, f.scaling, m))  # one A for all of them
+    for name, array in adapter.saved.items():
+        plain = name.replace(BASE_WEIGHT, ".weight").replace(".original_module.", ".")
+        module, _, kind = plain.rpartition(".")
         ours = our_names(module) if isinstance(model, GPT) and module not in base else [module]
         ours = ["lm_head"] if ours == ["score"] else ours
         conv1d = module not in base and ours != ["lm_head"]
         if array.ndim == 2 and not conv1d and not _is_embedding(base, f"{ours[0]}.{kind}"):
             array = array.T
         for our, piece in zip(ours, _split(array, ours, name), strict=True):
-            saved[f"{our}.{kind}"] = piece
-    saved = _tied(model, saved) if isinstance(model, GPT) else saved
-    return Adapter(layers, saved, adapter.dropout)
+            if name == plain:
+                put(saved, f"{our}.{kind}", piece)
+            else:
+                _check_base(base, our, kind, piece)
+    _check_complete(config, base, layers, saved, hugging_face)
+    untied = False
+    if isinstance(model, GPT) and model.config.tie_weights and "wte.weight" in saved:
+        # Where only the input was stored, PEFT's head stays the old wte.
+        untied = "lm_head.weight" not in saved
+        head = saved.pop("lm_head.weight", base_module(model.wte).weight.data.T)
+        if not np.array_equal(head.T, saved["wte.weight"]):
+            saved["lm_head.weight"] = head
+    return Adapter(layers, saved, adapter.dropout), untied and "lm_head.weight" in saved
+
+
+def _check_base(base: dict[str, Module], module: str, kind: str, array: np.ndarray) -> None:
+    """See that what PEFT stored of the base besides is what the model has anyway."""
+    parameter = getattr(base.get(module), kind, None)
+    if parameter is None or not np.array_equal(parameter.data, array):
+        raise CheckpointError(f"the file has the base's own {module}.{kind} as well, and it is not "
+                              "what this model has there (another base, or one in half precision)")
+
+
+def _check_complete(
+    config: dict[str, Any], base: dict[str, Module], layers: dict[str, Factors],
+    saved: dict[str, np.ndarray], hugging_face: bool,
+) -> None:
+    """See that all is there that the configuration says is stored whole."""
+    missing = []
+    for path, module in base.items():
+        theirs = their_name(path) if hugging_face else path
+        for kind, parameter in vars(module).items():
+            if isinstance(parameter, Parameter) and f"{path}.{kind}" not in saved and (
+                _inside(theirs, config["modules_to_save"])
+                or kind == "bias" and config["bias"] == "all"
+                or kind == "bias" and config["bias"] == "lora_only" and path in layers
+            ):
+                missing.append(f"{theirs}.{kind}")
+    heads = {"lm_head", "score"} & set(config["modules_to_save"])
+    if heads and not any(name.startswith("lm_head.") for name in saved):
+        missing += [f"{head}.weight" for head in heads]
+    if missing:
+        raise CheckpointError("the configuration says that there are "
+                              + ", ".join(dict.fromkeys(missing[:5]))
+                              + ", but the file does not have them")
+    if config["modules_to_save"] and not saved:
+        raise CheckpointError("the file has none of modules_to_save, "
+                              + ", ".join(config["modules_to_save"]))
 
 
 def _split(array: np.ndarray, names: list[str], what: str) -> list[np.ndarray]:

@@ -15,6 +15,7 @@ import numpy as np
 from minilora.adapters import Adapter, attach, get_adapter
 from minilora.dora import DoRALinear
 from minilora.functional import matmul
+from minilora.layers import Embedding
 from minilora.lora import (
     LinearWithLoRA,
     base_module,
@@ -87,9 +88,15 @@ class AdapterSet:
         """Make the model that of a task, or with None the base."""
         if name is not None:
             self._check(name)
-            if name == self.active:
-                return
-        if wrappers(self.model):
+        found, put = wrappers(self.model), self._tasks.get(self.active or "", {})
+        if found.keys() != put.keys() or any(found[path] is not put[path] for path in put):
+            raise RuntimeError(
+                "the adapter on the model was changed by other means than this AdapterSet (such as "
+                "load_adapter, remove_lora or merge_lora(unload=True)): make a new one"
+            )
+        if name is not None and name == self.active:
+            return
+        if found:
             remove_lora(self.model)
         install(self.model, {} if name is None else self._tasks[name])
         self.model.train(self.model.training)  # of the layers that came in as well
@@ -141,6 +148,12 @@ class AdapterSet:
             for path, wrapper in self._tasks[name].items():
                 places.setdefault(path, []).append((where, wrapper))
         bases = {path: base_module(parts[0][1]) for path, parts in places.items()}
+        for path, base in bases.items():
+            if any(other.startswith(f"{path}.") for other in places):
+                raise ValueError(f"one task has {path} whole and another parts of it: their rows "
+                                 "cannot share a batch")
+            if isinstance(base, Embedding):
+                raise ValueError(f"a task has its own {path}: embeddings cannot be mixed")
         self.set_active(None)
         self.model.eval()
         try:
@@ -173,8 +186,6 @@ class _Mixed(Module):
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (B, ...) -> (B, ...): the base's product for all rows, the thin ones for some."""
-        if len(x) != self.n_rows:
-            raise ValueError("a layer that is not run row by row, such as wpe, cannot be mixed")
         parts = [(rows, getattr(self, str(i))) for i, rows in enumerate(self.rows)]
         thin = [(rows, p) for rows, p in parts if isinstance(p, LinearWithLoRA)]
         whole = [(rows, p(x[rows])) for rows, p in parts if not isinstance(p, LinearWithLoRA)]

@@ -216,3 +216,24 @@ def test_what_cannot_be_combined():
     ]:
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_factors_that_do_not_fit_each_other_change_nothing(ids):
+    model = task()
+    before = model(ids)
+    good = ml.get_adapter(model).layers["h.0.attn.q_proj"]
+    for bad, words in [
+        (ml.Factors(good.A, np.ones((3, 8)), 1), "factors of shapes"),
+        (ml.Factors(good.A, good.B, 1, magnitude=np.ones(1)), "magnitude of shape"),
+        (ml.Factors(good.A, np.full((2, 8), 1e300), 1), "nan or inf"),
+    ]:
+        with pytest.raises(CheckpointError, match=words):
+            ml.attach(model, ml.Adapter({"h.0.attn.q_proj": bad}))
+        assert np.array_equal(model(ids), before)
+    with pytest.raises(ValueError, match="different sizes in the adapters"):
+        ml.weighted_sum([ml.get_adapter(task()),
+                         ml.get_adapter(task(model=base(d_model=12)))], [1, 1])
+    with pytest.raises(ValueError, match="nan or inf"):
+        ml.compress(ml.Adapter({"x": ml.Factors(np.full((2, 1), np.nan), np.ones((1, 2)), 1)}), 1)
+    with pytest.raises(TypeError, match="expected a Module"):
+        ml.get_adapter("x")

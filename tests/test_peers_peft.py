@@ -48,6 +48,11 @@ CASES = {
     "saved mlp": dict(target_modules=["c_attn"], modules_to_save=["h.1.mlp"]),
     "not fan_in_fan_out": dict(target_modules=["c_attn"], fan_in_fan_out=False),
     "dropout": dict(target_modules=["c_attn"], lora_dropout=0.1),
+    "bias all, saved norm": dict(target_modules=["c_attn"], bias="all", modules_to_save=["ln_f"]),
+    "only the head": dict(target_modules=["lm_head"], bias="lora_only"),
+    "layers, but a full name": dict(target_modules=["c_fc", "transformer.h.0.attn.c_attn"],
+                                    layers_to_transform=[1]),
+    "saved by the end of its name": dict(target_modules=["c_attn"], modules_to_save=["head"]),
     "float alpha": dict(target_modules=["c_attn"], lora_alpha=7.3),
 }
 
@@ -121,6 +126,7 @@ def test_the_forms_that_adapter_files_have(tmp_path, tokens, case):
 @pytest.mark.parametrize("options", [
     {}, dict(use_dora=True), dict(modules_to_save=["wte"]), dict(modules_to_save=["lm_head"]),
     dict(modules_to_save=["wte"], ensure_weight_tying=True),
+    dict(modules_to_save=["lm_head"], ensure_weight_tying=True),
 ])
 def test_a_tied_model(tmp_path, tokens, options):
     theirs = adapted({"target_modules": ["c_attn"], **options}, tied=True)
@@ -199,11 +205,12 @@ def test_a_fused_layer_is_stored_with_the_rank_it_needs(tmp_path, tokens):
 
 
 def test_training_goes_on_as_in_peft(tmp_path, tokens):
-    """One step of SGD on an adapter of PEFT, plain and DoRA: the same file afterwards."""
-    for case in ("every kind of layer", "dora", "bias all", "saved norms"):
-        theirs = adapted(CASES[case])
+    """One step of SGD on an adapter of PEFT, plain and DoRA: the same logits afterwards."""
+    for case in ("every kind of layer", "dora", "bias all", "saved norms", "tied wte"):
+        options = CASES.get(case, dict(target_modules=["c_attn"], modules_to_save=["wte"]))
+        theirs = adapted(options, tied=case == "tied wte")
         theirs.save_pretrained(tmp_path / case)
-        gpt2().save_pretrained(tmp_path / "base")
+        gpt2(tied=case == "tied wte").save_pretrained(tmp_path / "base")
         model = ml.load_adapter(ml.from_hf_gpt2(tmp_path / "base"), tmp_path / case)
         ids = torch.from_numpy(tokens)
         loss = torch.nn.functional.cross_entropy(theirs(ids).logits.flatten(0, 1), ids.flatten())
@@ -217,3 +224,20 @@ def test_training_goes_on_as_in_peft(tmp_path, tokens):
         assert sum(p.size for p in trainable) == sum(p.numel() for p in trained)
         ml.SGD(trainable, 0.1).step()
         close(model(tokens), theirs(ids).logits)
+
+
+def test_a_stored_head_counts_in_a_model_that_is_called_tied(tmp_path, tokens):
+    model = gpt2(tied=False)
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    close(ml.from_hf_gpt2(tmp_path)(tokens), theirs(torch.from_numpy(tokens)).logits)
+
+
+def test_a_tied_head_as_target_is_refused_in_words(tmp_path):
+    theirs = adapted(dict(target_modules=["c_attn", "lm_head"]), tied=True)
+    theirs.save_pretrained(tmp_path / "theirs")
+    gpt2(tied=True).save_pretrained(tmp_path / "base")
+    with pytest.raises(ml.CheckpointError, match="tied to wte: it has no matrix of its own"):
+        ml.load_adapter(ml.from_hf_gpt2(tmp_path / "base"), tmp_path / "theirs")

@@ -67,11 +67,17 @@ def test_a_linear_at_two_places_round_trips(tmp_path):
     assert model[0] is model[2] and np.array_equal(model(x), y)
 
 
-def test_an_optimizer_keeps_training_what_was_loaded(tmp_path, ids):
+def test_an_optimizer_is_made_after_loading(tmp_path, ids):
+    """What is loaded has parameters of its own, and the old ones keep their numbers."""
     save_adapter(task(1), tmp_path)
     model = task(2)
+    old = model.lm_head.lora.B
     optimizer = ml.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     load_adapter(model, tmp_path)
+    assert np.array_equal(old.data, task(2).lm_head.lora.B.data)
+    with pytest.raises(ValueError, match="the optimizer holds none"):
+        ml.fit(model, [(ids, ids)] * 9, optimizer, 9, progress=False)
+    optimizer = ml.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     history = ml.fit(model, [(ids, ids)] * 9, optimizer, 9, progress=False)
     assert history.losses[-1] < 0.9 * history.losses[0]
 
@@ -137,7 +143,7 @@ def test_what_cannot_be_saved(tmp_path):
         ({"r": 3}, "rank 2 and 2, the configuration says 3"), ({"r": True}, "r must be"),
         ({"lora_alpha": "8"}, "lora_alpha must be"), ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_dropout": 1.5}, "lora_dropout"), ({"use_dora": True}, "no lora_magnitude_vector"),
-        ({"bias": "all"}, "bias is 'all'"), ({"bias": "some"}, "bias = 'some'"),
+        ({"bias": "all"}, "there are h.0.ln_1.bias"), ({"bias": "some"}, "bias = 'some'"),
         ({"modules_to_save": ["x"]}, "none of modules_to_save"),
         ({"lora_alpha": 10**400}, "lora_alpha"), ({"use_rslora": "false"}, "use_rslora"),
         ({"rank_pattern": {"q_proj": 4}}, "rank 2 and 2, the configuration says 4"),
@@ -149,7 +155,15 @@ def test_what_cannot_be_saved(tmp_path):
         ({"target_modules": ["q_proj"]}, "does not fit h.0.attn.k_proj"),
         ({"exclude_modules": ["k_proj"]}, "does not fit h.0.attn.k_proj"),
         ({"layers_to_transform": "0"}, "layers_to_transform must be"),
-        ({"layers_to_transform": 1, "layers_pattern": "h"}, "does not fit h.0.attn.q_proj"),
+        ({"layers_to_transform": 1, "layers_pattern": "h", "target_modules": [
+            "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]},
+         "does not fit h.0.attn.q_proj"),
+        ({"layers_to_transform": 1, "target_modules": ".*"}, "needs a list as target_modules"),
+        ({"layers_to_transform": 1, "layers_pattern": "(?i)h"}, "layers_pattern must be"),
+        ({"rank_pattern": {"(?i)q_proj": 2}}, "rank_pattern must be"),
+        ({"rank_pattern": {"([a-z_.0-9]+)+!": 2}}, "rank_pattern must be"),
+        ({"target_modules": "(.*)*x"}, "target_modules must be"),
+        ({"lora_alpha": 1e299}, "lora_alpha must be"),
         ({"modules_to_save": "x"}, "modules_to_save must be"),
         ({"lora_bias": True}, "lora_bias = True is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
@@ -237,6 +251,16 @@ def test_a_name_that_is_the_end_of_another(tmp_path):
     x = np.ones((2, 4), np.float32)
     save_adapter(model, tmp_path)
     assert np.array_equal(load_adapter(sequential(), tmp_path)(x), model(x))
+    three = ml.Sequential(*(ml.Sequential(ml.Linear(4, 4, rng=i)) for i in range(3)))
+    setattr(three, "0", three[0][0])
+    ml.replace_linear_with_lora(three, 3, 8, "1.0", rng=0)
+    ml.replace_linear_with_lora(three, 2, 4, "2.0", rng=0)
+    ml.replace_linear_with_lora(three, 2, 8, rng=0)
+    for i, layer in enumerate((three[0], three[1][0], three[2][0])):
+        randomise(layer.lora, seed=i)
+    save_adapter(three, tmp_path)
+    expected = three(x)
+    assert np.array_equal(load_adapter(ml.remove_lora(three), tmp_path)(x), expected)
     top = sequential().freeze()
     setattr(top, "0", ml.LinearWithLoRA(top[0], 2, 4, rng=0))
     randomise(top[0].lora)
@@ -279,9 +303,14 @@ def test_embeddings_that_are_tied_to_the_head(tmp_path, ids, save):
     tensors = load_safetensors(tmp_path / "adapter_model.safetensors")
     tensors.pop("base_model.model.lm_head.weight")
     save_safetensors(tmp_path / "adapter_model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match="says that there are lm_head.weight"):
+        load_adapter(ml.GPT(tiny_config(tie_weights=True)), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"modules_to_save": ["wte"]}))
     apart = load_adapter(ml.GPT(tiny_config(tie_weights=True)), tmp_path)
     old = ml.GPT(tiny_config(tie_weights=True)).wte.weight.data
     assert np.array_equal(apart.lm_head.weight.data, old.T)
+    assert not apart.lm_head.is_trainable() and apart.wte.is_trainable()
     assert not np.allclose(apart(ids), model(ids))
 
 
@@ -313,7 +342,7 @@ def test_several_adapters_in_one_file(tmp_path):
     tensors = load_safetensors(weights)
     twice = {name.replace("lora_A.", "lora_A.other."): array for name, array in tensors.items()}
     save_safetensors(weights, tensors | twice)
-    with pytest.raises(CheckpointError, match="stands twice"):
+    with pytest.raises(CheckpointError, match="holds several adapters"):
         load_adapter(ml.GPT(tiny_config()), tmp_path)
     a, b = list(tensors)[:2]
     save_safetensors(weights, {a.replace("lora_A", "lora_A.x"): tensors[a], b: tensors[b]})
@@ -331,5 +360,62 @@ def test_what_peft_stores_of_the_base_must_be_the_bases(tmp_path, ids):
     save_safetensors(weights, load_safetensors(weights) | {name: head})
     assert np.array_equal(load_adapter(base, tmp_path)(ids), task(targets="lm_head")(ids))
     save_safetensors(weights, load_safetensors(weights) | {name: head + 1})
-    with pytest.raises(CheckpointError, match="is not the weight that the model has there"):
+    with pytest.raises(CheckpointError, match="the base's own lm_head.weight as well"):
+        load_adapter(ml.GPT(tiny_config()), tmp_path)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: {"h.0.attn.c_attn.lora_A.weight": 2 * t["transformer.h.0.attn.c_attn.lora_A.weight"],
+                "h.0.attn.c_attn.lora_B.weight": t["transformer.h.0.attn.c_attn.lora_B.weight"]},
+     "two entries of the file are for h.0.attn.q_proj"),
+    (lambda t: {"transformer.foo.0.attn.c_attn.lora_A.weight": np.ones((2, 8)),
+                "transformer.foo.0.attn.c_attn.lora_B.weight": np.ones((24, 2))},
+     "no linear layer 'foo.0.attn.c_attn'"),
+    (lambda t: {"transformer.wte.lora_embedding_A": np.ones((2, 11))}, "LoRA on an embedding"),
+    (lambda t: {"x" * 600 + ".lora_A.weight": np.ones((2, 8))}, "is too long"),
+    (lambda t: {"transformer.h.0.attn.c_attn.lora_A.weight": np.full((4, 8), np.nan)},
+     "has factors with nan or inf"),
+])
+def test_tensors_that_are_not_where_they_should_be(tmp_path, change, words):
+    save_peft(task(targets=["q_proj", "v_proj"]), tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = {k.removeprefix("base_model.model."): a for k, a in load_safetensors(weights).items()}
+    save_safetensors(weights, tensors | change(tensors))
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {
+        "target_modules": ["c_attn"], "rank_pattern": {"foo.0.attn.c_attn": 2}}))
+    model = ml.GPT(tiny_config())
+    text = repr(model)
+    with pytest.raises(CheckpointError, match=words):
+        load_adapter(model, tmp_path)
+    assert repr(model) == text
+
+
+def test_what_peft_writes_twice_is_one_thing(tmp_path, ids):
+    """With bias "all", a module to save has its bias under three names."""
+    model = task(targets="q_proj", modules_to_save=["ln_f"])
+    model.ln_f.module.bias.data += 0.5
+    save_adapter(model, tmp_path)
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors = load_safetensors(weights)
+    fresh = ml.GPT(tiny_config())
+    for name, p in fresh.named_parameters():
+        if name.endswith(".bias") and name != "ln_f.bias":
+            inner = ".base_layer" if "q_proj" in name else ""
+            tensors[name.removesuffix(".bias") + f"{inner}.bias"] = p.data
+    tensors["ln_f.original_module.bias"] = fresh.ln_f.bias.data
+    tensors["ln_f.modules_to_save.bias"] = model.ln_f.module.bias.data
+    save_safetensors(weights, tensors)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bias": "all"}))
+    assert np.allclose(load_adapter(fresh, tmp_path)(ids), model(ids), atol=1e-6)
+    tensors["ln_f.modules_to_save.bias"] = np.zeros(8)
+    save_safetensors(weights, tensors)
+    with pytest.raises(CheckpointError, match="stands twice, with different numbers"):
+        load_adapter(ml.GPT(tiny_config()), tmp_path)
+
+
+def test_a_pickle_is_not_read(tmp_path):
+    save_adapter(task(), tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="a pickle, which can run code"):
         load_adapter(ml.GPT(tiny_config()), tmp_path)

@@ -131,5 +131,35 @@ def test_what_cannot_be(tasks, ids, tmp_path):
         assert np.array_equal(tasks.model(ids), task(1)(ids))
     saved = ml.AdapterSet(base())
     saved.add("x", ml.get_adapter(task(1, "q_proj", modules_to_save=["wpe"])))
-    with pytest.raises(ValueError, match="such as wpe, cannot be mixed"):
+    with pytest.raises(ValueError, match="its own wpe: embeddings cannot be mixed"):
         saved(ids, ["x", None, "x"])
+
+
+def test_a_module_and_a_part_of_it_cannot_share_a_batch(tasks, ids):
+    tasks.add("whole", rank=1, alpha=1, target_modules="q_proj", modules_to_save=["h.1.mlp"])
+    plain = tasks.model(ids)
+    for names in (["whole", "one", None], ["one", "whole", None]):
+        with pytest.raises(ValueError, match="has h.1.mlp whole and another parts of it"):
+            tasks(ids, names)
+        assert np.array_equal(tasks.model(ids), plain)
+    assert np.isfinite(tasks(ids, ["whole", None, "whole"])).all()
+
+
+@pytest.mark.parametrize("change", [
+    ml.remove_lora, lambda model: ml.merge_lora(model, unload=True),
+    lambda model: ml.attach(model, ml.get_adapter(task(9))),
+])
+def test_what_was_changed_behind_its_back_is_noticed(tasks, change):
+    tasks.set_active("one")
+    change(tasks.model)
+    for name in ("one", "two", None):
+        with pytest.raises(RuntimeError, match="changed by other means"):
+            tasks.set_active(name)
+
+
+def test_loading_onto_the_model_leaves_the_stored_tasks(tasks, ids):
+    before = updates(tasks.get("one"))
+    tasks.set_active("one")
+    ml.attach(tasks.model, ml.get_adapter(task(9)))
+    layer = tasks._tasks["one"]["h.0.attn.q_proj"]
+    assert np.array_equal(layer.delta_weight(), before["h.0.attn.q_proj"])
