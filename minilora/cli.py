@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -124,6 +125,15 @@ def count_command(args: argparse.Namespace) -> None:
         print(f"{name}: {value}")
 
 
+def check_command(args: argparse.Namespace) -> int:
+    """Grade a file or a folder of submissions; the status says whether all is right."""
+    from minilora.check import grade
+
+    rows = grade.grade(args.path, args.seconds)
+    print(json.dumps(rows, indent=2) if args.json else grade.report(rows))
+    return 0 if all(row["passed"] == row["total"] > 0 and not row["error"] for row in rows) else 1
+
+
 def bench_command(args: argparse.Namespace) -> None:
     """Print the timing table."""
     keep_freed_memory()
@@ -178,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[Any], int | None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         return sub
@@ -242,6 +252,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--target-modules", type=names, metavar="q_proj,v_proj",
                      help="names or globs of the layers to adapt (default: all in the blocks)")
 
+    sub = command("check", check_command, "grade an exercise, or a folder of submissions")
+    sub.add_argument("path", help="a notebook, a .py file, or a folder of them")
+    sub.add_argument("--json", action="store_true", help="print everything as JSON")
+    sub.add_argument("--seconds", type=positive, default=30.0,
+                     help="time limit for each file (default: 30)")
+
     sub = command("bench", bench_command, "time training steps on one thread")
     sub.add_argument("--sizes", type=names, default=tuple(bench.SIZES), metavar="XS,S,M,L",
                      help="model sizes to time (default: all)")
@@ -255,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; wrong input is one sentence on stderr and exit status 2."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except BrokenPipeError:  # as of `minilora generate | head`: nobody reads on, so stop in peace
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -269,4 +285,3 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    return 0
