@@ -30,7 +30,7 @@
 import numpy as np
 
 import minilora as ml
-from minilora import compare, plots
+from minilora import compare, interact, plots
 from minilora.parallel import default_threads
 
 THREADS = default_threads()
@@ -58,6 +58,18 @@ def best(r):
 
 plots.matrices({"original, 4096 numbers": picture}
                | {f"rank {r}, {r * (64 + 64)} numbers": best(r) for r in (1, 3, 8)})
+
+# %% [markdown]
+# Move the slider and look at what is missing. (Without ipywidgets, and on a page of stored outputs,
+# there are two pictures instead.)
+
+# %%
+interact.choose(
+    lambda r: plots.matrices({
+        f"rank {r}": best(r), "what is missing": picture - best(r),
+        f"the term number {r}": sigma[r - 1] * np.outer(U[:, r - 1], Vt[r - 1]),
+    }), "rank", range(1, 17), 2, 6,
+)
 
 # %%
 for r in (1, 3, 8, 16):

@@ -33,11 +33,11 @@ import tempfile
 import numpy as np
 
 import minilora as ml
-from minilora import bench, compare, plots
+from minilora import bench, compare, interact, plots
 from minilora.accounting import linear_flops, training_flops
 from minilora.parallel import default_threads, one_blas_thread
 
-THREADS, STEPS = default_threads(), 250
+THREADS, STEPS = default_threads(), 200
 base = ml.load_base("small")
 data = compare.Data.for_context(base.config.context_length)
 code_before = ml.evaluate(base, data.code_held_out, THREADS)
@@ -71,7 +71,7 @@ print("logits identical:", np.array_equal(model(ids), base(ids)))
 # %% [markdown]
 # ## Each method at its own learning rate
 #
-# A fair comparison gives each method the learning rate that suits it. 250 steps of AdamW with
+# A fair comparison gives each method the learning rate that suits it. 200 steps of AdamW with
 # batches of 16, warm-up and a cosine; the same batches for everyone.
 
 
@@ -90,10 +90,11 @@ def run(rank, learning_rate, alpha=None, targets=None, seed=0):
 
 rates = {"full": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
          "LoRA r=8": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 1e-1)}
-curves = {
-    name: {lr: run(None if name == "full" else 8, lr)[2] for lr in values}
+runs = {
+    name: {lr: run(None if name == "full" else 8, lr)[1:] for lr in values}
     for name, values in rates.items()
 }
+curves = {name: {lr: loss for lr, (_, loss) in runs[name].items()} for name in runs}
 best = {name: min(curve, key=curve.get) for name, curve in curves.items()}
 for name, curve in curves.items():
     print(f"{name:9}" + "".join(f"  {lr:g}: {loss:.3f}" for lr, loss in curve.items())
@@ -113,6 +114,22 @@ plots.learning_rate_curves(curves, code_before, "loss on held-out code\n(nats pe
 # is every entry of $W$. With LoRA it is $B$ at first, and $B$ reaches the weight through $s\,A$,
 # whose entries are below $2/\sqrt{64}$ here: the same rate moves $W$ less.
 #
+# The training losses behind the points of the curve for LoRA. (In a running notebook with
+# ipywidgets there is a slider.) Too low a rate is slow; too high a one is rough, and then stuck.
+
+# %%
+recorded = {lr: history for lr, (history, _) in runs["LoRA r=8"].items() if history}
+
+
+def loss_at(lr):
+    shown = {f"lr {other:g}": (h.steps, plots.smooth(h.losses)) for other, h in recorded.items()
+             if other in (lr, best["LoRA r=8"])}
+    return plots.lines(shown, "step", "training loss (nats per character)")
+
+
+interact.choose(loss_at, "learning rate", list(recorded), min(recorded), max(recorded))
+
+# %% [markdown]
 # ## What rank buys
 
 # %%

@@ -28,7 +28,7 @@
 import numpy as np
 
 import minilora as ml
-from minilora import plots
+from minilora import interact, plots
 from minilora.accounting import (
     PUBLISHED,
     adapter_h_parameters,
@@ -80,6 +80,31 @@ plots.named_points(
 # %% [markdown]
 # The share falls as models grow *wider*: their matrices grow with $d^2$, the thin ones with $d$.
 #
+# Which matrices are adapted makes a difference. Pick some, and the count follows. (Without
+# ipywidgets there are two pictures.)
+
+# %%
+CHOICES = {
+    "q, v": Q_V, "q, k, v, o": [*Q_V, "k_proj", "o_proj"], "MLP": ["up_proj", "down_proj"],
+    "all": ["*_proj"],
+}
+
+
+def adapted(choice):
+    model = PUBLISHED["gpt2-small"]
+    counts = {name: 0 for name in model.linears}
+    for name in counts:
+        if choice == "all" or name in CHOICES[choice]:
+            counts[name] = model.lora_parameters(8, [name])
+    total = sum(counts.values())
+    assert total == model.lora_parameters(8, CHOICES[choice])
+    return plots.bars(counts, "parameters of A and B", form="{:,.0f}",
+                      title=f"GPT-2 small, r=8 on {choice}: {total:,}")
+
+
+interact.choose(adapted, "adapted", list(CHOICES), "q, v", "all")
+
+# %% [markdown]
 # A count that you may meet, in appendix E of Raschka's *Build a Large Language Model (From
 # Scratch)*: GPT-2 small with a head for two classes, LoRA of rank 16 on every linear layer, the
 # head included.

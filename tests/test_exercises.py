@@ -1,6 +1,7 @@
 """The exercises are what their sources say, and the learners' versions have no solutions."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -113,7 +114,9 @@ def test_nbgrader_makes_the_same_of_them(tmp_path):
     for source in build.EXERCISES:
         shutil.copy(source.with_suffix(".ipynb"), target)
     command = [sys.executable, "-m", "nbgrader", "generate_assignment", "lora", "--create"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for alembic
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                         env=os.environ | {"PATH": path})
     assert run.returncode == 0, run.stderr
     for source in build.EXERCISES:
         released = nbformat.read(tmp_path / "release" / "lora" / f"{source.stem}.ipynb", 4)
