@@ -125,10 +125,13 @@ def test_endless_recursion_is_one_sentence():
 def test_training_within_the_budget():
     good = dict(rank=2, alpha=4, learning_rate=2e-2, target_modules=None)
     assert check.train(good).passed
+    assert check.train(good | {"learning_rate": np.float32(0.01)}).passed
     for change, words in [
         ({"rank": 8}, "Over the budget: 18,432"), ({"learning_rate": 1e-3}, "full fine-tuning"),
         ({"learning_rate": 0.5}, "too high"), ({"learning_rate": -1}, "between 0 and 10"),
-        ({"rank": 0}, "rank must be 1 or more"), ({"target_modules": ["q_porj"]}, "q_proj"),
+        ({"rank": 0}, "rank must be 1 or more"), ({"alpha": 0}, "alpha is 0"),
+        ({"rank": 10**9}, "Over the budget"), ({"alpha": 1000}, "alpha / rank, is too high"),
+        ({"target_modules": ["q_porj"]}, "q_proj"),
         ({"lr": 1}, "Unknown settings: lr"), ({"target_modules": ["q_proj"]}, "parameters"),
         ({"alpha": 0.1}, "alpha / rank is only 0.05"),
     ]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minilora.check.grade import EXERCISES, exercise_number, grade, report
+from minilora.check.grade import EXERCISES, exercise_numbers, grade, report
 from minilora.cli import main
 
 FOLDER = Path(__file__).parent.parent / "notebooks" / "exercises"
@@ -55,7 +55,9 @@ def test_its_own_checks_are_not_believed(tmp_path):
     ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "died"),
     ("raise SystemExit(0)", "lora_backward is not defined"),
     ("def lora_backward(", "SyntaxError"),
-    ("x = [0] * 10**15", "MemoryError"),
+    ("x = [0] * 10**15", "MemoryError"), ("x = 'a' * (9 << 30)", "MemoryError"),
+    ("import sys\nwhile True: sys.stderr.write('x' * 10**6)", "stopped after 2 seconds"),
+    ("def lora_backward(*a): raise ValueError('y' * 10**7)", "raised ValueError: yyy"),
     ("print('x' * 10**8)", "is not defined"),
     ("import sys\ndef lora_backward(*a): sys.exit(1)", "SystemExit"),
     ("def lora_backward(*a):\n    while True: pass", "stopped after 2 seconds"),
@@ -98,10 +100,37 @@ def test_a_notebooks_magics_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("name, number", [
-    ("smith_04_lora", 4), ("12", 12), ("exercise-7", 7), ("x13", None), ("2024_03_01", 3),
+    ("smith_04_lora", [4]), ("12", [12]), ("exercise-7", [7]), ("x13", []), ("a", []),
+    ("2024_03_01", [3, 1]),
 ])
 def test_the_number_of_the_exercise_is_in_the_name(name, number):
-    assert exercise_number(name) == number
+    assert exercise_numbers(name) == number
+
+
+def test_a_number_that_does_not_fit_is_not_believed(tmp_path):
+    assert graded(tmp_path, "group12_week_4.py", GOOD)["exercise"] == 4
+    row = graded(tmp_path, "week3_smith.py", GOOD)
+    assert (row["passed"], row["total"]) == (1, 1)
+
+
+def test_what_is_imported_does_not_count(tmp_path):
+    row = graded(tmp_path, "07.py", "from minilora.check.functions import layer_norm_backward")
+    assert row["passed"] == 0 and "is imported, and not" in row["checks"][0]["message"]
+
+
+def test_failed_checks_in_the_file_do_not_stop_what_follows(tmp_path):
+    text = "from minilora import check\ndef linear_forward(x, W, b): return x @ W\n" \
+           "check.linear_forward(linear_forward)\n1 / 0\n" \
+           "def linear_backward(dout, x, W): return dout @ W.T, x.T @ dout, dout.sum(0)\n"
+    row = graded(tmp_path, "x.py", text)
+    assert [item["passed"] for item in row["checks"]] == [False, True]
+
+
+def test_every_check_of_a_file_that_hangs_has_its_row(tmp_path):
+    text = GOOD + "def adamw_step(*a):\n    while True: pass\n"
+    row = graded(tmp_path, "x.py", text, seconds=3)
+    assert [item["check"] for item in row["checks"]] == ["lora_backward", "adamw"]
+    assert row["passed"] == 1 and "stopped after" in row["checks"][1]["message"]
 
 
 def test_the_command_line(tmp_path, capsys):

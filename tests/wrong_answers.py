@@ -239,6 +239,46 @@ def f(z, t):
     r = np.arange(len(t)); loss = -np.log(p[r, t] + 1e-300).mean(); p[r, t] -= 1
     return loss, p / len(t)
 """)
+ENTROPY = """def f(z, t):
+    r = np.arange(len(t))
+    m = z.max(-1, keepdims=True)
+    e = np.exp(z - m)
+    s = e.sum(-1, keepdims=True)
+    loss = -(z - m - np.log(s))[r, t].mean()
+    p = e / s
+    p[r, t] -= 1
+    p = p / len(t)
+    return loss, p
+"""
+
+
+def entropies(*rows):
+    found = []
+    for words, old, new in rows:
+        assert old in ENTROPY, old
+        found.append(answers(f"{words}\n{ENTROPY.replace(old, new)}")[0])
+    return found
+
+
+WRONG["cross_entropy"] += entropies(
+    ("must be each row's own", "z.max(-1, keepdims=True)", "z.max()"),
+    ("wrong axis", "z.max(-1, keepdims=True)", "z.max(0)"),
+    ("not from the logit", "(z - m - np.log(s))", "(z - np.log(s))"),
+    ("hides the problem", "-(z - m - np.log(s))[r, t].mean()",
+     "-np.log((e / s)[r, t] + 1e-12).mean()"),
+    ("clipping", "-(z - m - np.log(s))[r, t].mean()",
+     "-np.log(np.clip((e / s)[r, t], 1e-12, 1)).mean()"),
+    ("subtracted after dividing", "    p[r, t] -= 1\n    p = p / len(t)",
+     "    p = p / len(t)\n    p[r, t] -= 1"),
+    ("whole columns", "p[r, t] -= 1", "p[:, t] -= 1"),
+    ("logarithm is missing", "-(z - m - np.log(s))[r, t].mean()", "-(e / s)[r, t].mean()"),
+    ("summed over the whole batch", "s = e.sum(-1, keepdims=True)", "s = e.sum()"),
+    ("denominator", "(z - m - np.log(s))", "(z - m)"),
+    ("wrong order", "return loss, p", "return p, loss"),
+    ("one axis too many", ".mean()", ".mean(keepdims=True)"),
+    ("must be each row's own", "z.max(-1, keepdims=True)", "np.abs(z).max()"),
+)
+WRONG["cross_entropy"][-1] = (None, WRONG["cross_entropy"][-1][1])
 RIGHT["cross_entropy"] = answers("""
 one hot
 def f(z, t):
@@ -305,6 +345,13 @@ WRONG["lora_forward"] = layers(
      "return self.scaling * (x @ self.A @ self.B)"),
     ("B is missing", None, "return self.scale * (x @ self.A)"),
     ("forward returns nothing", None, "y = self.scale * (x @ self.A @ self.B)"),
+    ("changes A or B", None, "self.A = self.scale * self.A; return x @ self.A @ self.B"),
+    ("not independent", GOOD.replace("rng.uniform(-n**-.5, n**-.5, (n, r))",
+                                     "np.tile(rng.uniform(-1, 1, (n, 1)) * n**-.5, (1, r))"),
+     None),
+    ("Xavier", GOOD.replace("-n**-.5, n**-.5", "-(6/(n+r))**.5, (6/(n+r))**.5"), None),
+    ("alpha instead of the scale", GOOD + "; self.alpha = alpha",
+     "return self.alpha * (x @ self.A @ self.B)"),
     ("its input x in place", None, "x *= self.scale; return x @ self.A @ self.B"),
 )
 RIGHT["lora_forward"] = layers(
@@ -360,15 +407,28 @@ def f(dout, x, A, B, s): return s * dout @ B.T @ A.T, np.zeros_like(A), s * (x @
 wrong way round
 def f(dout, x, A, B, s): return s * dout @ A @ B, s * x.T @ (dout @ B.T), s * (x @ A).T @ dout
 ---
+as large as W is formed
+def f(dout, x, A, B, s):
+    dW = x.T @ dout
+    return dout @ (s * (A @ B)).T, s * (dW @ B.T), s * (A.T @ dW)
+---
+in the wrong order
+def f(dout, x, A, B, s): return s * x.T @ (dout @ B.T), s * (x @ A).T @ dout, s * dout @ B.T @ A.T
+---
+is float32 for float64
+def f(dout, x, A, B, s):
+    dA = (s * x.T @ (dout @ B.T)).astype(np.float32)
+    return s * dout @ B.T @ A.T, dA, s * (x @ A).T @ dout
+---
 ?
 def f(dout, x, A, B, s):
     return s * dout @ B.T @ A.T, s * x.T @ (dout @ B.T) + 0.01 * A, s * (x @ A).T @ dout
 """)
 RIGHT["lora_backward"] = answers("""
-from dW
+brackets elsewhere
 def f(dout, x, A, B, s):
-    dW = x.T @ dout
-    return dout @ (s * (A @ B)).T, s * (dW @ B.T), s * (A.T @ dW)
+    t = dout @ (s * B).T
+    return t @ A.T, (t.T @ x).T.copy(), (dout.T @ (x @ A)).T * s
 ---
 einsum
 def f(dout, x, A, B, s):
@@ -443,6 +503,40 @@ def f(model, rank, alpha):
     return ml.replace_linear_with_lora(model, rank, alpha, ["h.*", "lm_head"] if isinstance(
         model, GPT) else ["body.*", "last"])
 ---
+throws away what A and B have learned
+def g(model, rank, alpha):
+    for name, child in list(model.named_children()):
+        if isinstance(child, LinearWithLoRA): child = child.linear
+        if isinstance(child, Linear): setattr(model, name, LinearWithLoRA(child, rank, alpha))
+        else: g(child, rank, alpha)
+def f(model, rank, alpha):
+    model.freeze()
+    g(model, rank, alpha)
+    return model
+---
+were not replaced
+def f(model, rank, alpha):
+    if any(isinstance(m, LinearWithLoRA) for _, m in model.named_modules()): return model
+    return ml.replace_linear_with_lora(model, rank, alpha)
+---
+Not deep enough
+def f(model, rank, alpha):
+    model.freeze()
+    for name, child in list(model.named_children()):
+        if isinstance(child, Linear): setattr(model, name, LinearWithLoRA(child, rank, alpha))
+        for n, c in list(child.named_children()):
+            if isinstance(c, Linear) and not isinstance(child, LinearWithLoRA):
+                setattr(child, n, LinearWithLoRA(c, rank, alpha))
+    return model
+---
+and not for names
+def f(model, rank, alpha):
+    model.freeze()
+    for name, child in list(model.named_children()):
+        if name.endswith("proj"): setattr(model, name, LinearWithLoRA(child, rank, alpha))
+        else: f(child, rank, alpha)
+    return model
+---
 new Linear inside
 def g(model, rank, alpha):
     for name, child in list(model.named_children()):
@@ -511,6 +605,17 @@ WRONG["adamw"] = steps(
     ("learning rate is missing", "lr * (", "("),
     ("root over v is missing", "np.sqrt(vh)", "vh"),
     ("changes its input", "pass\n    m =", "p *= 1 - 0.0 * lr; p += 1e-3; p -= 0\n    m ="),
+    ("power of t is missing", "b1**t), v / (1 - b2**t)", "b1), v / (1 - b2)"),
+    ("power is outside", "(1 - b1**t), v / (1 - b2**t)", "(1 - b1)**t, v / (1 - b2)**t"),
+    ("beta1 is in both", "1 - b2**t", "1 - b1**t"),
+    ("belongs to the root, in brackets", "mh / (np.sqrt(vh) + eps)", "mh / np.sqrt(vh) + eps"),
+    ("is not added", "np.sqrt(vh) + eps", "np.maximum(np.sqrt(vh), eps)"),
+    ("not the one that is given", "np.sqrt(vh) + eps", "np.sqrt(vh) + 1e-8"),
+    ("divided by the root as well", "(mh / (np.sqrt(vh) + eps) + wd * p)",
+     "(mh + wd * p) / (np.sqrt(vh) + eps)"),
+    ("first factor is beta1", "b2 * v + (1 - b2)", "b1 * v + (1 - b2)"),
+    ("squared along with g", "(1 - b2) * g * g", "((1 - b2) * g) ** 2"),
+    ("in the wrong order", "), m, v", "), v, m"),
     ("?", "np.sqrt(vh) + eps", "np.sqrt(vh) + 2 * eps"),
 )
 WRONG["adamw"] += answers("""
@@ -574,6 +679,10 @@ WRONG["layer_norm_backward"] = norms(
      "g.mean(0) - h * (g * h).mean(0)"),
     ("one sign is wrong", "- h * (g", "+ h * (g"),
     ("sum over the rows is missing", "dout.sum(0)", "dout"),
+    ("eps is missing", "+ eps)", ")"),
+    ("1e-5 whatever", "+ eps)", "+ 1e-5)"),
+    ("root is missing", "1 / np.sqrt(x.var(-1, keepdims=True) + eps)",
+     "1 / (x.var(-1, keepdims=True) + eps)"),
     ("?", "+ eps)", "+ 2 * eps)"),
 )
 RIGHT["layer_norm_backward"] = answers("""
@@ -626,7 +735,15 @@ WRONG["attention_backward"] = heads(
     ("in the scores and on the way back", "scale = d**-0.5", "scale = 1.0"),
     ("second term is missing", "(dp - (dp * p).sum(-1, keepdims=True))", "dp"),
     ("wrong axis", "(dp * p).sum(-1", "(dp * p).sum(0"),
-    ("swapped", "ds @ k, ds.T @ q", "ds.T @ q, ds @ k"),
+    ("in the wrong order", "ds @ k, ds.T @ q", "ds.T @ q, ds @ k"),
+    ("overflows", "s - s.max(-1, keepdims=True)", "s"),
+    ("hides the past", "np.triu(np.full((t, t), -np.inf, q.dtype), k=1)",
+     "np.tril(np.full((t, t), -np.inf, q.dtype), k=-1)"),
+    ("it is 1 / sqrt(D)", "d**-0.5", "1 / d"),
+    ("missing in the scores", "q @ k.T * scale", "q @ k.T"),
+    ("only the diagonal", "p * (dp - (dp * p).sum(-1, keepdims=True))", "p * (1 - p) * dp"),
+    ("not of dP", "(dp * p).sum", "dp.sum"),
+    ("?", "s - s.max(-1, keepdims=True)", "s - s.max()"),
     ("transpose is missing", "p.T @ dout", "p @ dout"),
     ("P is missing in front", "ds = p * (", "ds = ("),
     ("after the soft-max", "    dp = dout",
@@ -695,7 +812,7 @@ WRONG["merge"] = mergers(
     ("would add the update twice", '        if self.merged: raise RuntimeError("twice")\n', ""),
     ("forward still adds", "return y if self.merged else y + ", "return y + "),
     ("bit for bit", "self.W = self.old", "self.W = self.W - self.s * (self.A @ self.B)"),
-    ("in place (+=)", "self.W = self.W + self.s * (self.A @ self.B)",
+    ("gave in place", "self.W = self.W + self.s * (self.A @ self.B)",
      "self.old = self.W.copy(); self.W += self.s * (self.A @ self.B)"),
     ("weight lacks the scale", "self.W + self.s * (self.A", "self.W + (self.A"),
     ("update is gone", "        self.W = self.W + self.s * (self.A @ self.B)\n", ""),
@@ -714,7 +831,78 @@ WRONG["merge"] = mergers(
     ("the update alone", "self.W + self.s * (self.A", "self.s * (self.A"),
     ("merged should be False after unmerge", "        self.merged = False\n", ""),
     ("no attribute merged", "self.merged", "self.done"),
+    ("moves nothing into the weight",
+     "        return y if self.merged else y + self.s * (x @ self.A @ self.B)\n",
+     "        return x @ self.W0 + self.s * (x @ self.A @ self.B)\n"),
+    ("second round", "        self.old = self.W\n", "        self.old = self.W\n"),
+    ("kept in the class", "self.old = self.W\n        self.W = ",
+     "M.merged_any = True; self.old = self.W\n        self.W = "),
+    ("overwrite the weight that was kept",
+     '        if self.merged: raise RuntimeError("twice")\n        self.old = self.W\n',
+     '        self.old = self.W\n        if self.merged: raise RuntimeError("twice")\n'),
+    ("leaves the update in the weight", "        self.W = self.old\n", ""),
+    ("A that the caller gave in place", "self.merged = W, A, B, s, False",
+     "self.merged = W, A, B, s, False; self.A *= 1.5; self.A /= 1.5000001"),
+    ("changes its input x", "        y = x @ self.W\n", "        x *= 1.0; x += 1; x -= 1\n"
+     "        y = x @ self.W\n"),
 )
+WRONG["merge"] = [pair for pair in WRONG["merge"] if pair[0] not in (
+    "moves nothing into the weight", "second round", "kept in the class")]
+WRONG["merge"] += answers("""
+moves nothing into the weight
+class M:
+    def __init__(self, W, A, B, s): self.W, self.A, self.B, self.s, self.merged = W, A, B, s, False
+    def forward(self, x): return x @ self.W + self.s * (x @ self.A @ self.B)
+    def merge(self):
+        if self.merged: raise RuntimeError("twice")
+        self.merged = True
+    def unmerge(self):
+        if not self.merged: raise RuntimeError("not merged")
+        self.merged = False
+---
+uses an update from before
+class M:
+    def __init__(self, W, A, B, s):
+        self.W, self.A, self.B, self.s, self.merged = W, A, B, s, False
+        self.both = W + s * A @ B
+    def forward(self, x):
+        return x @ self.both if self.merged else x @ self.W + self.s * (x @ self.A @ self.B)
+    def merge(self):
+        if self.merged: raise RuntimeError("twice")
+        self.merged = True
+    def unmerge(self):
+        if not self.merged: raise RuntimeError("not merged")
+        self.merged = False
+---
+kept in the class
+class M:
+    merged = False
+    def __init__(self, W, A, B, s): self.W, self.A, self.B, self.s = W, A, B, s
+    def forward(self, x):
+        y = x @ self.W
+        return y if M.merged else y + self.s * (x @ self.A @ self.B)
+    def merge(self):
+        if M.merged: raise RuntimeError("twice")
+        self.old, self.W = self.W, self.W + self.s * self.A @ self.B
+        M.merged = True
+    def unmerge(self):
+        if not M.merged: raise RuntimeError("not merged")
+        self.W = self.old
+        M.merged = False
+---
+raised RuntimeError
+class M:
+    def __init__(self, W, A, B, s): self.W, self.A, self.B, self.s, self.merged = W, A, B, s, False
+    def forward(self, x):
+        y = x @ self.W
+        return y if self.merged else y + self.s * (x @ self.A @ self.B)
+    def merge(self):
+        if hasattr(self, "old"): raise RuntimeError("twice")
+        self.old, self.W, self.merged = self.W, self.W + self.s * self.A @ self.B, True
+    def unmerge(self):
+        if not self.merged: raise RuntimeError("not merged")
+        self.W, self.merged = self.old, False
+""")
 RIGHT["merge"] = mergers(
     ("two weights", "        self.old = self.W\n", "        self.old = self.W.copy()\n"),
     ("property", "class M:\n", "class M:\n    extra = 1\n"),
@@ -722,14 +910,15 @@ RIGHT["merge"] = mergers(
 a base and a weight
 class M:
     def __init__(self, W, A, B, s):
-        self.base, self.delta, self.weight = W, s * A @ B, None
+        self.base, self.A, self.B, self.s, self.weight = W, A, B, s, None
     @property
     def merged(self): return self.weight is not None
+    def delta(self): return self.s * self.A @ self.B
     def forward(self, x):
-        return x @ self.weight if self.merged else x @ self.base + x @ self.delta
+        return x @ self.weight if self.merged else x @ self.base + x @ self.delta()
     def merge(self):
         if self.merged: raise RuntimeError("merged")
-        self.weight = self.base + self.delta
+        self.weight = self.base + self.delta()
     def unmerge(self):
         if not self.merged: raise RuntimeError("not merged")
         self.weight = None
@@ -756,6 +945,18 @@ def f(shapes, r): return sum(n + m for n, m in shapes)
 ---
 biases are counted
 def f(shapes, r): return sum(r * (n + m) + m for n, m in shapes)
+---
+changes its input shapes
+def f(shapes, r):
+    c = 0
+    while shapes:
+        n, m = shapes.pop()
+        c += r * (n + m)
+    return c
+---
+only the first matrix is counted
+def f(shapes, r):
+    for n, m in shapes: return r * (n + m)
 ---
 only the first matrix
 def f(shapes, r): return r * sum(shapes[0])
@@ -855,6 +1056,12 @@ WRONG["find_errors"] += answers("""
 yet you list it
 def f(table): return ["GPT-2 medium", "GPT-2 large", "GPT-3, r=2 on four", "GPT-3, r=1"]
 ---
+Return a list of names
+def f(table): return len(table)
+---
+Return a list of names
+def f(table): return table[:1]
+---
 yet you do not list it
 def f(table): return ["GPT-2 medium", "GPT-2 large", "GPT-3, r=2 on four"] * (len(table) == 7)
 """)
@@ -887,6 +1094,9 @@ WRONG["diagnosis"] = tells(
     ("product of the norms", {"size": "np.linalg.norm(adapter.layers[n].A) * np.linalg.norm("
                               "adapter.layers[n].scale * adapter.layers[n].B)"}),
     ("A alone", {"size": "np.linalg.norm(adapter.layers[n].A)"}),
+    ("changes the adapter", {"rank": "adapter.layers.clear() or 1"}),
+    ("two things", {"rank": "1, 2"}),
+    ("size of the layer", {"size": "np.linalg.norm(up[n]) / len(up[n]) ** 0.5"}),
     ("largest singular value", {"size": "np.linalg.norm(up[n], 2)"}),
     ("largest entry", {"size": "np.abs(up[n]).max()"}),
     ("size of the layer", {"size": "np.sqrt((up[n]**2).mean())"}),

@@ -8,6 +8,7 @@ purpose. A mistake is named only if it gives what the learner's code gave *on ev
 from __future__ import annotations
 
 import copy
+import itertools
 import linecache
 import traceback
 from collections.abc import Callable
@@ -24,7 +25,12 @@ Case = dict[str, Any]  # the arguments of the function, by name, in its order
 
 
 class CheckFailed(AssertionError):
-    """A wrong answer. In a notebook its message is shown without a stack trace."""
+    """A wrong answer. In a notebook its message is shown without a stack trace.
+
+    inputs   the arguments on which the function was wrong, by name, where that is known
+    """
+
+    inputs: Case | None = None
 
     def _render_traceback_(self, *_: Any) -> list[str]:  # IPython asks for this
         return str(self).split("\n")
@@ -70,6 +76,7 @@ class Task:
                 without `dout`; then d{argument} is compared with central differences
     halves      whether to ask for float32 results of float32 inputs
     order       in which outputs are looked at, where one is made of others; else as returned
+    more        a last check of the function, for what inputs and outputs do not show
     """
 
     name: str
@@ -82,6 +89,7 @@ class Task:
     forward: Callable[..., Any] | None = None
     halves: bool = True
     order: tuple[str, ...] = ()
+    more: Callable[[Callable[..., Any]], None] | None = None
 
 
 # ---- Running the learner's code
@@ -105,7 +113,7 @@ def run(name: str, call: Callable[[], Any]) -> Any:
 
 def describe_exception(error: BaseException) -> str:
     """Say what was raised and show the learner's own line."""
-    text = f"Your code raised {type(error).__name__}: {error}"
+    text = f"Your code raised {type(error).__name__}: {str(error)[:500]}"
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith(HERE) and "site-packages" not in frame.filename
@@ -122,7 +130,9 @@ def outputs_of(task: Task, function: Callable[..., Any], case: Case) -> list[np.
     given = copy.deepcopy(case)
     result = run(task.name, lambda: function(*given.values()))
     for name, before in case.items():
-        if isinstance(before, np.ndarray) and not np.array_equal(before, given[name], True):
+        kept = np.array_equal(before, given[name], True) if isinstance(
+            before, np.ndarray) else before == given[name]
+        if not kept:
             raise failed(task.name, f"Your code changes its input {name} in place. The caller "
                          f"still needs it: work on a new array ({name} = {name} + ..., not +=).")
     return as_outputs(task, result, given)
@@ -132,10 +142,13 @@ def as_outputs(task: Task, result: Any, given: Case) -> list[np.ndarray]:
     """Check that what was returned are the outputs that were asked for."""
     names = ", ".join(task.outputs)
     if result is None:
-        raise failed(task.name, f"Your function returns nothing; it should return {names}.")
+        raise failed(task.name, f"Your function returns nothing; it should return {names}.\n"
+                     + show_case(given))
     if len(task.outputs) == 1:
         values = [result[0] if isinstance(result, tuple) and len(result) == 1 else result]
-    elif isinstance(result, (tuple, list)) and len(result) == len(task.outputs):
+    elif isinstance(result, (tuple, list)) and len(result) == len(task.outputs) or (
+        isinstance(result, np.ndarray) and result.ndim and len(result) == len(task.outputs)
+    ):
         values = list(result)
     else:
         got = f"{len(result)} things" if isinstance(result, (tuple, list)) else \
@@ -180,11 +193,12 @@ def check(task: Task, function: Callable[..., Any]) -> Passed:
         try:
             results.append(outputs_of(task, function, case))
         except CheckFailed as failure:
-            if "raised" not in str(failure):
+            if not any(words in str(failure) for words in ("raised", "returns nothing")):
                 raise
             error = error or failure
             results.append(None)
     expected = [_tuple(task.reference(**case)) for case in task.cases]
+    _check_order(task, results, expected)
     for name in task.order or task.outputs:
         i = task.outputs.index(name)
         pairs = [(case, r and r[i], e[i])
@@ -194,14 +208,28 @@ def check(task: Task, function: Callable[..., Any]) -> Passed:
     if error:
         raise error
     _check_central_differences(task, results)
-    _check_precision(task, function)
+    _check_precision(task, function, results)
     _check_buffers(task, function)
-    kinds = "float32 and float64" if task.halves else "float64"
-    return Passed(task.name, f"Checked on {len(task.cases)} inputs of other shapes, in {kinds}.")
+    if task.more is not None:
+        task.more(function)
+    kinds = "in float32 and float64" if task.halves else "all counts exact"
+    return Passed(task.name, f"Checked on {len(task.cases)} different inputs, {kinds}.")
 
 
 def _tuple(value: Any) -> tuple:
     return tuple(np.asarray(v) for v in value) if isinstance(value, tuple) else (np.asarray(value),)
+
+
+def _check_order(task: Task, results: list[Any], expected: list[tuple]) -> None:
+    """Say so where all outputs are right and stand in the wrong places."""
+    runs = [(r, e) for r, e in zip(results, expected, strict=True) if r is not None]
+    places = range(len(task.outputs))
+    for order in itertools.permutations(places):
+        if runs and all(same(r[at], e[i]) for r, e in runs for i, at in enumerate(order)):
+            if order != tuple(places):
+                raise failed(task.name, "The results are right, but in the wrong order: return "
+                             f"{', '.join(task.outputs)}.")
+            return
 
 
 def _explain(
@@ -214,6 +242,10 @@ def _explain(
         if _matches(make, runs):
             raise failed(task.name, f"{name} is wrong: {says}", read)
     case, got, want = next(run for run in runs if not same(run[1], run[2]))
+    if all(same(got, want, 1e-4) for _, got, want in runs):
+        raise failed(task.name, f"{name} is right to about 7 digits only: something in your "
+                     "code is float32, though the inputs are float64. Keep the dtype of the input.",
+                     read)
     text = f"{name} is wrong.\n{show_case(case)}"
     if got.shape != want.shape:
         text += f"\nit should have shape {want.shape}, yours has {got.shape}."
@@ -221,7 +253,9 @@ def _explain(
         text += "\n" + show_difference(name, got, want)
     if error:
         text += "\nOn other shapes it fails as well: " + str(error).split("\n")[1]
-    raise failed(task.name, text, read)
+    failure = failed(task.name, text + "\n(These inputs are in sys.last_value.inputs.)", read)
+    failure.inputs = case
+    raise failure
 
 
 def _matches(make: Callable[..., Any], runs: list[tuple[Case, Any, np.ndarray]]) -> bool:
@@ -258,8 +292,10 @@ def _candidates(task: Task, name: str) -> list[tuple[str, Callable[[Case, np.nda
         ("it is all zeros.", lambda _, want: np.zeros_like(want)),
         ("it is twice what it should be: something is added twice.", lambda _, want: 2 * want),
         ("it is half of what it should be.", lambda _, want: want / 2),
-        ("it has one axis too many: it should have shape (m,), not (1, m).",
+        ("it has one axis too many: take keepdims out, or an index that is a list.",
          lambda _, want: want[None]),
+        ("it has one axis too many: take keepdims out, or an index that is a list.",
+         lambda _, want: want[..., None]),
     ]
 
 
@@ -276,8 +312,11 @@ def show_difference(name: str, got: np.ndarray, want: np.ndarray) -> str:
     """Print expected and actual values, and which entries differ."""
     with np.printoptions(precision=4, suppress=True, threshold=24, linewidth=88):
         text = f"expected {name} =\n{want}\nyours =\n{got}"
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(got - want)
+    text += f"\nlargest difference {np.nanmax(difference, initial=0.0):.2g}"
     if want.ndim and want.size > 1:
-        wrong = ~np.isclose(got, want, rtol=1e-6, atol=1e-9)
+        wrong = ~(difference <= 1e-7 * np.abs(want[np.isfinite(want)]).max(initial=1e-3))
         count = int(wrong.sum())
         if count == want.size:
             text += "\nAll entries differ."
@@ -310,10 +349,14 @@ def _check_central_differences(task: Task, results: list[list[np.ndarray]]) -> N
             raise failed(task.name, f"{name} differs from central differences.")
 
 
-def _check_precision(task: Task, function: Callable[..., Any]) -> None:
+def _check_precision(task: Task, function: Callable[..., Any], results: list[Any]) -> None:
     """float32 in, float32 out: a NumPy float64 scalar somewhere would double all memory."""
     if not task.halves:
         return
+    for name, got in zip(task.outputs, results[0], strict=True):
+        if got.ndim and got.dtype != np.float64:
+            raise failed(task.name, f"{name} is {got.dtype} for float64 inputs; keep the dtype of "
+                         "the input.")
     for case in task.cases[:4]:
         small = {
             k: v.astype(np.float32) if isinstance(v, np.ndarray) and v.dtype.kind == "f" else v
@@ -323,9 +366,10 @@ def _check_precision(task: Task, function: Callable[..., Any]) -> None:
         gots = outputs_of(task, function, small)
         for name, got, want in zip(task.outputs, gots, wants, strict=True):
             if want.ndim and got.dtype != np.float32:
-                raise failed(task.name, f"{name} is {got.dtype} for float32 inputs: something in "
-                             "your code is float64, such as np.sqrt of a number, or np.zeros "
-                             "without a dtype.")
+                raise failed(task.name, f"{name} is right in value, but {got.dtype} for float32 "
+                             "inputs: something in your code is float64. np.zeros, np.ones, np.eye "
+                             "and np.full take a dtype (such as x.dtype); and use d ** 0.5 instead "
+                             "of np.sqrt of a number.")
             if not same(got, want, 1e-4):
                 raise failed(task.name, f"{name} is not exact enough in float32.\n"
                              + show_difference(name, got, want.astype(np.float32)))

@@ -6,11 +6,12 @@ Exercises 1, 2, 4, 6, 7 and 8. Each `Mistake` makes an error that learners make,
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
 
-from minilora.check.engine import Case, Mistake, Task
+from minilora.check.engine import Case, Mistake, Task, failed, run
 
 Array = np.ndarray
 
@@ -124,12 +125,30 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[float, Array]:
 
 def _entropy_case(n: int, v: int, scale: float = 1.0, shift: float = 0.0) -> Case:
     targets = np.random.default_rng([n, v]).integers(0, v, n)
-    return {"logits": scale * _normal(n, v) + shift, "targets": targets}
+    logits = scale * _normal(n, v) + shift
+    if n > 1:  # rows that are far apart, of which the first is not predicted well
+        targets[0] = logits[0].argmin()
+        logits[-1] -= 3.0
+    return {"logits": logits, "targets": targets}
 
 
 def _naive(logits: Array, targets: Array) -> Array:
     p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
     return -np.log(p[np.arange(len(targets)), targets])
+
+
+def _sums(logits: Array) -> Array:
+    return np.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1, keepdims=True)
+
+
+def _shifted(logits: Array, targets: Array, shift: Any) -> tuple[Array, Array]:
+    """Loss and gradient with another number than each row's maximum subtracted."""
+    z = logits - shift
+    e = np.exp(z)
+    log_p = z - np.log(e.sum(axis=-1, keepdims=True))
+    p = e / e.sum(axis=-1, keepdims=True)
+    rows = np.arange(len(targets))
+    return -log_p[rows, targets].mean(), (p - _one_hot(targets, p.shape[1])) / len(targets)
 
 
 OVERFLOW = ("exp overflows where logits are large. Subtract the row's maximum first: it changes "
@@ -142,7 +161,7 @@ CROSS_ENTROPY = Task(
     reference=cross_entropy,
     cases=[_entropy_case(2, 3), _entropy_case(3, 3), _entropy_case(1, 4), _entropy_case(5, 2),
            _entropy_case(4, 7, 3.0), _entropy_case(3, 5, 1.0, 1000.0), _entropy_case(3, 4, 400.0),
-           _entropy_case(2, 1)],
+           _entropy_case(3, 4, 1.0, -1000.0), _entropy_case(3, 3, 600.0), _entropy_case(2, 1)],
     mistakes={
         "loss": [
             Mistake("this is the sum over the rows, not the mean.",
@@ -155,6 +174,34 @@ CROSS_ENTROPY = Task(
             Mistake("the soft-max is over the wrong axis: each row is one distribution.",
                     lambda logits, targets: _entropy(logits, targets, axis=0).mean()),
             Mistake(OVERFLOW, lambda logits, targets: _naive(logits, targets).mean()),
+            Mistake("the maximum must be each row's own: max(axis=-1, keepdims=True). One for all "
+                    "rows makes rows with small logits underflow.",
+                    lambda logits, targets: _shifted(logits, targets, logits.max())[0]),
+            Mistake("the maximum was taken over the wrong axis: max(axis=-1, keepdims=True).",
+                    lambda logits, targets: _shifted(logits, targets, logits.max(axis=0))[0]),
+            Mistake("the maximum is missing, and exp of very small logits underflows to 0 (or "
+                    "overflows).",
+                    lambda logits, targets: _shifted(logits, targets, 0.0)[0]),
+            Mistake("adding a small number inside the logarithm (or clipping) hides the problem "
+                    "and gives wrong losses. Take z - max - log(sum(exp(z - max))).",
+                    lambda logits, targets: -np.log(
+                        _softmax(logits)[np.arange(len(targets)), targets] + 1e-12).mean()),
+            Mistake("clipping probabilities hides the problem and gives wrong losses. Take z - max "
+                    "- log(sum(exp(z - max))).",
+                    lambda logits, targets: -np.log(np.maximum(
+                        _softmax(logits)[np.arange(len(targets)), targets], 1e-12)).mean()),
+            Mistake("the sum of the exponentials is missing (the denominator).",
+                    lambda logits, targets: -(logits - logits.max(-1, keepdims=True))[
+                        np.arange(len(targets)), targets].mean()),
+            Mistake("the maximum was subtracted in the exponentials, and not from the logit.",
+                    lambda logits, targets: (_entropy(logits, targets)
+                                             - logits.max(axis=-1)).mean()),
+            Mistake("the logarithm is missing.", lambda logits, targets: -_softmax(logits)[
+                np.arange(len(targets)), targets].mean()),
+            Mistake("the exponentials are summed over the whole batch: "
+                    "sum(axis=-1, keepdims=True).",
+                    lambda logits, targets: (_entropy(logits, targets) + np.log(_sums(logits).sum())
+                                             - np.log(_sums(logits)[:, 0])).mean()),
             Mistake("log of a probability that has underflowed to 0 is -inf. Take z - max - "
                     "log(sum(exp(z - max))) instead of log(p).",
                     lambda logits, targets: -np.log(
@@ -197,6 +244,14 @@ CROSS_ENTROPY = Task(
             Mistake(OVERFLOW, lambda logits, targets: (
                 np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
                 - _one_hot(targets, logits.shape[1])) / len(targets)),
+            Mistake("the maximum must be each row's own: max(axis=-1, keepdims=True).",
+                    lambda logits, targets: _shifted(logits, targets, logits.max())[1]),
+            Mistake("the 1 is subtracted after dividing by N; divide p - onehot as a whole.",
+                    lambda logits, targets: _softmax(logits) / len(targets) - _one_hot(
+                        targets, logits.shape[1])),
+            Mistake("1 is subtracted in whole columns: p[:, targets] takes every row. Index with "
+                    "both, p[np.arange(N), targets].", lambda logits, targets: (_softmax(
+                        logits) - _one_hot(targets, logits.shape[1]).max(axis=0)) / len(targets)),
             Mistake("1 is subtracted in the whole row or column instead of at one place: index "
                     "with both p[np.arange(N), targets].", lambda logits, targets: (
                         _softmax(logits) - 1) / len(targets)),
@@ -209,6 +264,23 @@ CROSS_ENTROPY = Task(
 
 
 # ---- 4. LoRA backward
+
+
+def _thin(function: Any) -> None:
+    """See that no array as large as W is made: peak memory, for W large and all else thin."""
+    n = 800
+    case = _lora_case(2, n, n, 1, 2.0)
+    tracemalloc.start()
+    try:
+        run("lora_backward", lambda: function(*case.values()))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    if peak > 0.5 * 8 * n * n:
+        raise failed("lora_backward", "The values are right, but an array as large as W is formed "
+                     "on the way. Set the brackets so that one side is always thin: "
+                     "x.T @ (dout @ B.T), (x @ A).T @ dout, (dout @ B.T) @ A.T.",
+                     "the last paragraph of the mathematics.")
 
 
 def _lora_case(n_rows: int, n: int, m: int, r: int, scale: float) -> Case:
@@ -260,6 +332,7 @@ LORA_BACKWARD = Task(
           "dB": "dB = scale * (x A)ᵀ dout: from dW by the chain rule, dB = scale * Aᵀ dW."},
     factors=lambda dout, x, A, B, scale: {"scale = alpha / r": scale, "N": len(x)},
     forward=lambda x, A, B, scale: scale * x @ A @ B,
+    more=_thin,
 )
 
 
@@ -304,6 +377,20 @@ def _adamw(**changes: Any) -> Any:
         root = np.sqrt(v_hat + eps) if changes.get("inside") else np.sqrt(v_hat) + eps
         if changes.get("no_root"):
             root = v_hat + eps
+        if changes.get("no_power"):
+            m_hat, v_hat = m / (1 - beta1), v / (1 - beta2)
+            root = np.sqrt(v_hat) + eps
+        if changes.get("power_outside"):
+            m_hat, v_hat = m / (1 - beta1) ** t, v / (1 - beta2) ** t
+            root = np.sqrt(v_hat) + eps
+        if changes.get("one_beta"):
+            root = np.sqrt(v / c1) + eps
+        if changes.get("eps_late"):
+            return p - lr * (m_hat / np.sqrt(v_hat) + eps + weight_decay * p)
+        if changes.get("decay_inside"):
+            return p - lr * (m_hat + weight_decay * p) / root
+        if changes.get("decay_plus"):
+            return p - lr * m_hat / root + weight_decay * p
         if changes.get("no_eps"):
             root = np.sqrt(v_hat)
         step = m_hat / root
@@ -347,7 +434,18 @@ ADAMW = Task(
                     "done so.", _adamw(t=-1)),
             Mistake("epsilon is inside the root; it is added to the root: sqrt(v) + eps.",
                     _adamw(inside=True)),
-            Mistake("epsilon is missing.", _adamw(no_eps=True)),
+            Mistake("epsilon is not there, is not the one that is given, or is not added.",
+                    _adamw(no_eps=True)),
+            Mistake("epsilon is added to the fraction; it belongs to the root, in brackets.",
+                    _adamw(eps_late=True)),
+            Mistake("the power of t is missing in the bias correction: 1 - beta**t.",
+                    _adamw(no_power=True)),
+            Mistake("the power is outside: it is 1 - beta**t, not (1 - beta)**t.",
+                    _adamw(power_outside=True)),
+            Mistake("beta1 is in both bias corrections.", _adamw(one_beta=True)),
+            Mistake("the decay is divided by the root as well; it stands outside the fraction.",
+                    _adamw(decay_inside=True)),
+            Mistake("the decay is added and lacks the factor lr.", _adamw(decay_plus=True)),
             Mistake("the decay is coupled to the gradient (g + decay * p), as in plain Adam with "
                     "L2. AdamW takes it off the weights directly.", _adamw(coupled=True)),
             Mistake("the weight decay is missing.", _adamw(no_decay=True)),
@@ -385,6 +483,10 @@ ADAMW = Task(
             Mistake("the bias correction was stored in v. Keep v as it is; correct a copy.",
                     lambda g, v, beta2, t, **_: (beta2 * v + (1 - beta2) * g * g) / (1 - beta2**t)),
             Mistake("g² has no factor 1 - beta2.", lambda g, v, beta2, **_: beta2 * v + g * g),
+            Mistake("the first factor is beta1.", lambda g, v, beta1, beta2, **_:
+                    beta1 * v + (1 - beta2) * g * g),
+            Mistake("the factor 1 - beta2 is squared along with g.",
+                    lambda g, v, beta2, **_: beta2 * v + ((1 - beta2) * g) ** 2),
             Mistake("it averages the square of m instead of that of g.",
                     lambda g, m, v, beta1, beta2, **_:
                     beta2 * v + (1 - beta2) * (beta1 * m + (1 - beta1) * g) ** 2),
@@ -434,6 +536,14 @@ def _dx(change: str) -> Any:
     def wrong(dout, x, weight, bias, eps):
         xhat, rstd = _norm(x, eps, ddof=1 if change == "ddof" else 0)
         g, c = dout if change == "no weight" else dout * weight, x.shape[1]
+        if change in ("no eps", "hard eps"):
+            xhat, rstd = _norm(x, 0.0 if change == "no eps" else 1e-5)
+        if change == "no root":
+            rstd = 1 / (x.var(axis=-1, keepdims=True) + eps)
+            xhat = (x - _mean(x)) * rstd
+        if change == "everything":
+            xhat = (x - x.mean()) / np.sqrt(x.var() + eps)
+            return (g - g.mean() - xhat * (g * xhat).mean()) / np.sqrt(x.var() + eps)
         if change == "eps outside":
             std = x.std(axis=-1, keepdims=True) + eps
             xhat, rstd = (x - _mean(x)) / std, 1 / std
@@ -478,6 +588,11 @@ LAYER_NORM_BACKWARD = Task(
                     _dx("weight late")),
             Mistake("the variance divides by C - 1; LayerNorm's divides by C.", _dx("ddof")),
             Mistake("eps is added outside the root: it is sqrt(var + eps).", _dx("eps outside")),
+            Mistake("eps is missing.", _dx("no eps")),
+            Mistake("eps is 1e-5 whatever is given.", _dx("hard eps")),
+            Mistake("the root is missing: it is 1 / sqrt(var + eps).", _dx("no root")),
+            Mistake("mean and variance are of all numbers; every row has its own (axis=-1).",
+                    _dx("everything")),
         ],
         "dweight": [
             Mistake("it has x where the normalised xhat should be.",
@@ -534,16 +649,29 @@ def attention_backward(dout: Array, q: Array, k: Array, v: Array) -> tuple[Array
     return ds @ k, ds.T @ q, p.T @ dout
 
 
-def _attention_case(t: int, d: int) -> Case:
-    return {name: 1.5 * _normal(t, d, seed=i) for i, name in enumerate(("dout", "q", "k", "v"))}
+def _attention_case(t: int, d: int, scale: float = 1.5) -> Case:
+    case = {name: 1.5 * _normal(t, d, seed=i) for i, name in enumerate(("dout", "q", "k", "v"))}
+    return case | {"q": scale * case["q"], "k": scale * case["k"]}
 
 
 def _attention(output: int, change: str) -> Any:
     """Make a version of one gradient of attention with something wrong in it."""
 
     def wrong(dout, q, k, v):
-        p = _attend(q, k, v, causal=change != "no mask", scaled=change != "no scale at all")
-        scale = 1.0 if change in ("no scale", "no scale at all") else q.shape[1] ** -0.5
+        d = q.shape[1]
+        p = _attend(q, k, v, causal=change not in ("no mask", "future", "strict", "overflow"),
+                    scaled=change not in ("no scale at all", "scale late"))
+        scale = 1.0 if change in ("no scale", "no scale at all") else d**-0.5
+        if change in ("future", "strict", "overflow", "columns", "1/D"):
+            scores = q @ k.T * (1 / d if change == "1/D" else d**-0.5)
+            ones = np.ones_like(scores)
+            keep = {"future": np.triu(ones), "strict": np.tril(ones, -1)}.get(change, np.tril(ones))
+            scores = np.where(keep > 0, scores, -np.inf)
+            if change == "overflow":
+                p = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+            else:
+                p = _softmax(scores, 0 if change == "columns" else -1)
+            scale = 1 / d if change == "1/D" else scale
         dp = dout @ v.T
         inner = (dp * p).sum(axis=0 if change == "axis" else -1, keepdims=True)
         ds = p * (dp - inner)
@@ -551,6 +679,10 @@ def _attention(output: int, change: str) -> Any:
             ds = p * dp
         if change == "no p":
             ds = dp - inner
+        if change == "own slope":
+            ds = p * (1 - p) * dp
+        if change == "plain sum":
+            ds = p * (dp - dp.sum(axis=-1, keepdims=True))
         if change == "mask late":
             p = _attend(q, k, v, causal=False) * np.tril(np.ones((len(q), len(q))))
             ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True))
@@ -575,17 +707,33 @@ ATTENTION_BACKWARD = Task(
     name="attention_backward",
     outputs=("dq", "dk", "dv"),
     reference=attention_backward,
-    cases=[_attention_case(*c) for c in [(3, 2), (2, 2), (4, 3), (1, 3), (5, 1), (7, 4), (4, 4)]],
+    cases=[_attention_case(*c) for c in [(3, 2), (2, 2), (4, 3), (1, 3), (5, 1), (7, 4), (4, 4),
+                                           (5, 4, 40.0)]],
     mistakes={
         name: [
             Mistake(_MASK, _attention(i, "no mask")),
             Mistake(_LATE, _attention(i, "mask late")),
             Mistake(_ALL, _attention(i, "no scale at all")),
+            Mistake("exp overflows where scores are large: subtract each row's maximum first.",
+                    _attention(i, "overflow")),
+            Mistake("the mask is on the wrong side: it hides the past and shows the future.",
+                    _attention(i, "future")),
+            Mistake("the mask hides the diagonal as well: a position looks at itself, too (k=1).",
+                    _attention(i, "strict")),
+            Mistake("the factor is 1 / D; it is 1 / sqrt(D).", _attention(i, "1/D")),
+            Mistake("the soft-max is over the wrong axis: each row of scores is one distribution.",
+                    _attention(i, "columns")),
+            Mistake("the factor 1 / sqrt(D) is missing in the scores; it is there on the way back.",
+                    _attention(i, "scale late")),
             *([] if name == "dv" else [
                 Mistake(_INNER, _attention(i, "no inner")),
                 Mistake(_SCALE, _attention(i, "no scale")),
                 Mistake("the sum in the soft-max's gradient is over the wrong axis: each row of P "
                         "is one distribution.", _attention(i, "axis")),
+                Mistake("P (1 - P) is only the diagonal of the soft-max's gradient: every P_i "
+                        "depends on every S_j.", _attention(i, "own slope")),
+                Mistake("the sum in the soft-max's gradient is of dP * P, not of dP.",
+                        _attention(i, "plain sum")),
                 Mistake("P is missing in front: dS = P * (dP - sum of dP * P).",
                         _attention(i, "no p")),
                 Mistake("dq and dk are swapped: dq = dS k, dk = dSᵀ q.", _attention(i, "swap")),
@@ -682,7 +830,8 @@ GPT_PARAMETERS = Task(
         Mistake("the output projection of attention is missing.", _gpt(L_d_d=-1)),
         Mistake("the output projection of attention is missing.", _gpt(L_d_d=-1, L_d=-1)),
         Mistake("biases and LayerNorms are missing.", _gpt(L_d=-13, d=-2)),
-        Mistake("the MLP's first bias has 4 d numbers, not d.", _gpt(L_d=-3)),
+        Mistake("3 d are missing in each block: the biases of q, k and v, or the MLP's first bias, "
+                "which has 4 d numbers and not d.", _gpt(L_d=-3)),
     ]},
     read={"count": "Embeddings (V + T) d; a block 12 d² + 9 d (biases) + 4 d (norms); ln_f 2 d."},
     halves=False,

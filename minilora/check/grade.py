@@ -8,6 +8,7 @@ code where it can do no harm.)
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -41,7 +42,8 @@ EXERCISES = {
     12: {"diagnosis": "diagnose"},
 }
 CHECKS = {name: getattr(check, name) for checks in EXERCISES.values() for name in checks}
-MOST = 2_000_000  # bytes of a file, and characters of what it prints
+MOST = 2_000_000  # bytes of a file
+MEMORY = 8 << 30  # bytes that its process may ask for
 
 
 def grade(path: str | Path, seconds: float = 30.0) -> list[dict[str, Any]]:
@@ -74,36 +76,33 @@ def _grade_file(path: Path, seconds: float) -> dict[str, Any]:
         process = subprocess.Popen(
             [sys.executable, "-m", "minilora.check.grade", str(path.resolve()), str(answer)],
             cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, start_new_session=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            stderr=subprocess.DEVNULL, start_new_session=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+                              "OPENBLAS_NUM_THREADS": "1"},
         )
         try:
-            _, errors = process.communicate(timeout=seconds)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             row["error"] = f"stopped after {seconds:g} seconds: an endless loop?"
-            errors = b""
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
-            process.communicate()
+            process.wait()
         if answer.exists():
             late = row["error"]
             row |= json.loads(answer.read_text())
             row["error"] = late or row["error"]
         if not row["error"] and not row.get("finished"):
-            last = errors.decode(errors="replace").strip().split("\n")[-1][:200]
-            row["error"] = f"the process died (status {process.returncode})" + (
-                f": {last}" if last else "")
-    row.pop("finished", None)
+            row["error"] = f"the process died (status {process.returncode})"
     _fill(row, path)
-    return row
+    return {key: value for key, value in row.items() if key not in ("finished", "wanted")}
 
 
 def _fill(row: dict[str, Any], path: Path) -> None:
     """Add a failed row for every check that the exercise has and the process did not reach."""
-    row["exercise"] = row["exercise"] or exercise_number(path.stem)
+    row["exercise"] = row["exercise"] or next(iter(exercise_numbers(path.stem)), None)
     done = {item["check"] for item in row["checks"]}
-    for name in EXERCISES.get(row["exercise"], {}):
+    for name in row.get("wanted") or EXERCISES.get(row["exercise"], {}):
         if name not in done:
             row["checks"].append({"check": name, "passed": False, "message": row["error"]})
     row["total"] = len(row["checks"])
@@ -112,12 +111,10 @@ def _fill(row: dict[str, Any], path: Path) -> None:
         row["error"] = "it defines nothing that an exercise asks for"
 
 
-def exercise_number(name: str) -> int | None:
-    """Return the number of the exercise in a name such as "smith_04_lora_backward", or None."""
-    for digits in re.findall(r"(?<!\d)(\d{1,2})(?!\d)", name):
-        if int(digits) in EXERCISES:
-            return int(digits)
-    return None
+def exercise_numbers(name: str) -> list[int]:
+    """Return the numbers in a name that an exercise has: [4] of "smith_04_lora_backward"."""
+    digits = map(int, re.findall(r"(?<!\d)(\d{1,2})(?!\d)", name))
+    return [number for number in digits if number in EXERCISES]
 
 
 # ---- In the other process
@@ -134,12 +131,12 @@ def read_cells(path: Path) -> tuple[list[str], int | None]:
         notebook = json.loads(text)
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
         marks = [cell.get("metadata", {}).get("nbgrader", {}) for cell in cells]
-        ids = [exercise_number(str(mark.get("grade_id", ""))) for mark in marks]
+        ids = [n for mark in marks for n in exercise_numbers(str(mark.get("grade_id", "")))[:1]]
         sources = ["".join(cell["source"]) for cell, mark in zip(cells, marks, strict=True)
                    if not mark.get("grade")]  # their own checks would only take time
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("the file is no notebook") from None
-    return sources, next((number for number in ids if number), None)
+    return sources, next(iter(ids), None)
 
 
 def _run(path: Path, answer: Path) -> None:
@@ -155,7 +152,6 @@ def _run(path: Path, answer: Path) -> None:
     except (ValueError, OSError) as error:
         write(error=str(error), finished=True)
         return
-    number = number or exercise_number(path.stem)
     write(exercise=number)
     scope: dict[str, Any] = {"__name__": "submission"}
     raised = ""
@@ -165,22 +161,37 @@ def _run(path: Path, answer: Path) -> None:
         name = f"<cell {i + 1}>" if len(cells) > 1 else path.name
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
         try:
-            exec(compile(source, name, "exec"), scope)
-        except (CheckFailed, NotImplementedError):
-            pass
-        except (Exception, SystemExit) as error:
+            statements = ast.parse(source, name).body
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raised = raised or describe_exception(error)
+            continue
+        for statement in statements:  # one by one: a failed check must not stop what follows
+            try:
+                exec(compile(ast.Module([statement], []), name, "exec"), scope)
+            except (CheckFailed, NotImplementedError):
+                pass
+            except (Exception, SystemExit) as error:
+                raised = raised or describe_exception(error)
     def own(name: str) -> bool:  # and not imported from somewhere
         return getattr(scope.get(name), "__module__", "submission") == "submission"
 
-    wanted = EXERCISES.get(number) or {
-        check: name for checks in EXERCISES.values() for check, name in checks.items()
-        if any(other in scope and own(other) for other in checks.values())
+    defined_here = {
+        n: checks for n, checks in EXERCISES.items()
+        if any(name in scope and own(name) for name in checks.values())
     }
+    if number is None:  # a number in the file's name counts if it fits, or if there is nothing else
+        named = [n for n in exercise_numbers(path.stem) if n in defined_here or not defined_here]
+        number = next(iter(named), None)
+    wanted = EXERCISES.get(number) or {
+        check: name for checks in defined_here.values() for check, name in checks.items()
+    }
+    write(exercise=number, wanted=list(wanted))
     for name, defined in wanted.items():
         result = {"check": name, "passed": False, "message": ""}
         if defined not in scope:
             result["message"] = f"{defined} is not defined. {raised}".strip()
+        elif not own(defined):
+            result["message"] = f"{defined} is imported, and not the file's own."
         else:
             try:
                 result["message"] = repr(CHECKS[name](scope[defined]))
@@ -231,6 +242,10 @@ def _full(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource  # not on Windows
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     # What the submission prints goes nowhere, and much of it takes no memory.
     with contextlib.redirect_stdout(io.TextIOWrapper(open(os.devnull, "wb"))):
         _run(Path(sys.argv[1]), Path(sys.argv[2]))

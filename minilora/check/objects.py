@@ -19,7 +19,12 @@ from minilora.check.engine import Passed, failed, run, same
 from minilora.checkpoint import load_base
 from minilora.gpt import GPT, GPTConfig
 from minilora.layers import GELU, LayerNorm, Linear
-from minilora.lora import LinearWithLoRA, replace_linear_with_lora
+from minilora.lora import (
+    LinearWithLoRA,
+    check_hyperparameters,
+    find_targets,
+    replace_linear_with_lora,
+)
 from minilora.module import Module, Parameter, Sequential
 from minilora.optim import AdamW, cosine_schedule
 from minilora.parallel import one_blas_thread
@@ -114,12 +119,17 @@ def _check_init(name: str, make: Callable[..., Any]) -> None:
                      "is the other one: B = 0.", read)
     if b.any():
         raise failed(name, "B is not zero: the model does not start as the base.", read)
+    if np.linalg.matrix_rank(a) < r:
+        raise failed(name, "The columns of A are not independent: draw each number of A anew.",
+                     read)
     bound, largest = n**-0.5, float(np.abs(a).max())
     if a.min() >= 0:
         raise failed(name, "A has no negative numbers: draw from -1/sqrt(in) to 1/sqrt(in).", read)
     for value, text in ((r**-0.5, "1/sqrt(rank): take the number of inputs, A's first axis."),
                         (m**-0.5, "1/sqrt(out): take the number of inputs."), (1.0, "1: divide by "
                          "sqrt(in)."), (1 / n, "1/in: take the root, 1/sqrt(in)."),
+                        ((6 / (n + r)) ** 0.5, "sqrt(6/(in + rank)): that is Xavier's bound; "
+                         "LoRA takes 1/sqrt(in)."), 
                         (6**0.5 * bound, "sqrt(6/in): that is Kaiming's bound for a = 0; LoRA "
                          "takes a = sqrt(5), which gives 1/sqrt(in).")):
         if abs(largest / value - 1) < 0.03 and abs(value / bound - 1) > 0.1:
@@ -158,6 +168,9 @@ def _check_forward(
     if not np.array_equal(given, x):
         raise failed(name, "forward changes its input x in place.")
     if same(got, s * (x @ a @ b)):
+        again = np.asarray(run(name, lambda: layer.forward(x.copy())))
+        if not same(again, got) or not (same(_array(layer.A), a) and same(_array(layer.B), b)):
+            raise failed(name, "forward changes A or B: a second call gives something else.")
         return
     for value, text in (
         (x @ a @ b, "the scale is missing."), (s * s * (x @ a @ b), "the scale is in it twice."),
@@ -166,6 +179,8 @@ def _check_forward(
         (np.zeros((*shape[:-1], m)), "forward uses a product that was made in the constructor, or "
          "a copy of B; it has to use self.A and self.B as they are now."),
         (x @ a @ b / s, "it is divided by the scale."),
+        (s * a.shape[1] * (x @ a @ b), "it is multiplied by alpha instead of the scale, "
+         "alpha / r."),
     ):
         if same(got, value):
             raise failed(name, f"forward: {text}", read)
@@ -213,13 +228,25 @@ def replace_linear(function: Callable[..., Module]) -> Passed:
         if not np.allclose(model(data), expected, atol=1e-5):
             raise failed(name, "The model's output has changed. With B = 0 it must not.")
         tree = repr(model)
+        for layer in _lora(model):
+            layer.lora.B.data += 0.5  # as if it had been trained
+        trained = model(data)
         run(name, lambda model=model: function(model, 2, 6))
         if _nested(model):
             raise failed(name, _NESTED)
+        if not np.array_equal(model(data), trained):
+            raise failed(name, "A second call throws away what A and B have learned: leave "
+                         "layers that are wrapped already as they are.")
         if repr(model) != tree:
             raise failed(name, "The same call a second time changes the model; it should change "
                          "nothing.")
         _check_frozen(name, model, again=True)
+        half = make()
+        if isinstance(half, _Net):
+            half.first = LinearWithLoRA(half.first, 2, 6)
+            wanted = {path: m for path, m in _linears(half).items() if path != "first.linear"}
+            run(name, lambda half=half: function(half, 2, 6))
+            _check_replaced(name, half, wanted | {"first": half.first.linear})
     return Passed(name, "Checked on two models, with a second call of the same.")
 
 
@@ -229,6 +256,10 @@ _NESTED = ("A layer was replaced inside an already replaced layer: the Linear in
 
 def _linears(model: Module) -> dict[str, Linear]:
     return {path: m for path, m in model.named_modules() if type(m) is Linear}
+
+
+def _lora(model: Module) -> list[LinearWithLoRA]:
+    return [m for _, m in model.named_modules() if isinstance(m, LinearWithLoRA)]
 
 
 def _nested(model: Module) -> bool:
@@ -244,9 +275,16 @@ def _check_replaced(name: str, model: Module, linears: dict[str, Linear]) -> Non
     modules = dict(model.named_modules())
     left = [path for path in linears if not isinstance(modules.get(path), LinearWithLoRA)]
     if len(left) == len(linears):
-        raise failed(name, "No Linear was replaced. Assign to the parent: setattr(parent, name, "
-                     "LinearWithLoRA(...)); a new value for the loop variable changes nothing.",
+        raise failed(name, "No Linear was replaced. Test for the kind, isinstance(child, Linear), "
+                     "and not for names. And assign to the parent, setattr(parent, name, "
+                     "LinearWithLoRA(...)): a new value for the loop variable changes nothing.",
                      read)
+    if left and any("." in path for path in set(linears) - set(left)) and all(
+        "." in path for path in left
+    ):
+        raise failed(name, f"Not deep enough, or not every branch; left are {', '.join(left[:4])}. "
+                     "Loops inside loops reach some depth only; a function that calls itself for "
+                     "each child reaches any.", read)
     if left and all("." in path for path in left):
         raise failed(name, f"Only the top level was replaced; left are {', '.join(left[:4])}. Call "
                      "the function for the children that are no Linear (recursion).", read)
@@ -273,8 +311,9 @@ def _check_frozen(name: str, model: Module, again: bool = False) -> None:
     when = " after the second call" if again else ""
     if not trainable & lora:
         raise failed(name, f"Nothing of LoRA is trainable{when}: it was frozen together with the "
-                     "rest. Freeze before replacing" + (", and not what is LoRA's already."
-                                                        if again else "."), read)
+                     "rest. Freeze before replacing" + (
+                         ", and leave out what is LoRA's already (its names have .lora. in them)."
+                         if again else "."), read)
     if trainable - lora:
         rest = sorted(trainable - lora)
         raise failed(name, f"The base is not frozen: {', '.join(rest[:4])} can still be trained"
@@ -296,6 +335,11 @@ def merge(cls: type) -> Passed:
     for n, m, r in ((4, 3, 2), (3, 3, 1), (5, 6, 4)):
         w, a, b = (rng.standard_normal(s) for s in ((n, m), (n, r), (r, m)))
         _check_merging(name, cls, w, 50 * a, b, 0.3, rng.standard_normal((4, n)))
+    small = [rng.standard_normal(shape).astype(np.float32) for shape in ((4, 3), (4, 2), (2, 3))]
+    layer = run(name, lambda: cls(*small, 0.5))
+    run(name, layer.merge)
+    if np.asarray(run(name, lambda: layer.forward(small[0].T.copy()))).dtype != np.float32:
+        raise failed(name, "With float32 arrays the result is not float32: keep their dtype.")
     return Passed(name, "Checked forward, merging, both traps, and that the weight comes back.")
 
 
@@ -303,41 +347,86 @@ def _check_merging(
     name: str, cls: type, w: np.ndarray, a: np.ndarray, b: np.ndarray, s: float, x: np.ndarray
 ) -> None:
     read = "x W + s x A B = x (W + s A B): merging moves the sum into the weight, once."
-    given = w.copy()
-    layer = run(name, lambda: cls(given, a.copy(), b.copy(), s))
+    given = {"W": w.copy(), "A": a.copy(), "B": b.copy()}
+    layer = run(name, lambda: cls(given["W"], given["A"], given["B"], s))
+    twin = run(name, lambda: cls(2 * w, a.copy(), b.copy(), s))  # alive at the same time
 
-    def forward() -> np.ndarray:
-        y = run(name, lambda: layer.forward(x.copy()))
+    def forward(of: Any = layer) -> np.ndarray:
+        inputs = x.copy()
+        y = run(name, lambda: of.forward(inputs))
         if y is None:
             raise failed(name, "forward returns nothing.")
-        return np.asarray(y)
+        if not np.array_equal(inputs, x):
+            raise failed(name, "forward changes its input x in place.")
+        return np.array(y)
 
-    def merged() -> bool:
-        if not hasattr(layer, "merged"):
+    def merged(of: Any = layer) -> bool:
+        if not hasattr(of, "merged"):
             raise failed(name, "It has no attribute merged, True or False.")
-        return bool(layer.merged)
+        return bool(of.merged)
 
-    plain, full, double = x @ w, x @ (w + s * a @ b), x @ (w + 2 * s * a @ b)
-    for value, text in ((plain, "forward leaves the LoRA branch out before merging."),
+    def unchanged(when: str) -> None:
+        for what, array in (("W", w), ("A", a), ("B", b)):
+            if not np.array_equal(given[what], array):
+                raise failed(name, f"{when} changes the {what} that the caller gave in place "
+                             "(such as by +=). Another layer may share it: make a new array.", read)
+
+    full, double = x @ (w + s * a @ b), x @ (w + 2 * s * a @ b)
+    for value, text in ((x @ w, "forward leaves the LoRA branch out before merging."),
                         (x @ (w + a @ b), "forward lacks the scale."),
                         (double, "forward adds the LoRA branch twice before merging.")):
         if same(forward(), value):
             raise failed(name, text, read)
     if not same(forward(), full):
         raise failed(name, "forward before merging is not x W + scale * x A B.", read)
+    unchanged("Construction or forward")
     if merged():
         raise failed(name, "merged should be False at first.")
-    before = forward()
+    before, other = forward(), forward(twin)
     run(name, layer.merge)
-    if not np.array_equal(given, w):
-        raise failed(name, "merge changes the weight that the caller gave in place (+=). Another "
-                     "layer may share it: make a new array, W = W + ...", read)
+    unchanged("merge")
+    _check_merged(name, forward, merged, w, a, b, s, x)
+    _expect_error(name, layer, "merge", forward, full,
+                  "Merging a second time must raise a RuntimeError: it would add the update twice.")
+    _check_other(name, lambda: forward(twin), lambda: merged(twin), other)
+    given["A"][...] = 0.0  # what is in the weight now must not need the branch any more
+    if not same(forward(), full):
+        raise failed(name, "merge moves nothing into the weight: forward still needs A and B "
+                     "afterwards, so a merged layer costs as much as before.", read)
+    given["A"][...] = a
+    run(name, layer.unmerge)
+    if merged():
+        raise failed(name, "merged should be False after unmerge().")
+    if not same(forward(), full):
+        left = same(forward(), double)
+        text = "unmerge leaves the update in the weight." if left else (
+            "after merge and unmerge, the output is another than before.")
+        raise failed(name, f"{text} (Did the second merge, which was refused, overwrite the weight "
+                     "that was kept? Check first, then remember.)", read)
+    if not np.array_equal(forward(), before):
+        raise failed(name, "unmerge does not give the old weight back bit for bit: subtracting "
+                     "leaves rounding errors. Keep the old weight and put it back.", read)
+    _expect_error(name, layer, "unmerge", forward, full,
+                  "unmerge must raise a RuntimeError where nothing is merged.")
+    given["B"] *= 0.5  # as training would: merging takes what is there now
+    trained = forward()
+    run(name, layer.merge)
+    if not same(forward(), trained):
+        raise failed(name, "A second round of merging uses an update from before: take A and B as "
+                     "they are when merge is called.", read)
+
+
+def _check_merged(
+    name: str, forward: Callable[[], np.ndarray], merged: Callable[[], bool], w: np.ndarray,
+    a: np.ndarray, b: np.ndarray, s: float, x: np.ndarray,
+) -> None:
+    read = "after merging, the weight is W + s A B, and forward is one product with it."
     if not merged():
         raise failed(name, "merged should be True after merge(): forward looks at it.")
     for value, text in (
-        (double, "after merging, the output has the update twice: forward still adds x A B, though "
-         "it is in the weight now."),
-        (plain, "after merging, the update is gone: forward leaves it out, but it is not in the "
+        (x @ (w + 2 * s * a @ b), "after merging, the output has the update twice: forward still "
+         "adds x A B, though it is in the weight now."),
+        (x @ w, "after merging, the update is gone: forward leaves it out, but it is not in the "
          "weight."),
         (x @ (w + a @ b), "the merged weight lacks the scale."),
         (x @ (w + s * s * a @ b), "the merged weight has the scale twice."),
@@ -346,20 +435,17 @@ def _check_merging(
     ):
         if same(forward(), value):
             raise failed(name, text, read)
-    if not same(forward(), full):
+    if not same(forward(), x @ (w + s * a @ b)):
         raise failed(name, "after merging, the output is another than before.", read)
-    _expect_error(name, layer, "merge", forward, full,
-                  "Merging a second time must raise a RuntimeError: it would add the update twice.")
-    run(name, layer.unmerge)
-    if merged():
-        raise failed(name, "merged should be False after unmerge().")
-    if not same(forward(), full):
-        raise failed(name, "after merge and unmerge, the output is another than before.", read)
-    if not np.array_equal(forward(), before):
-        raise failed(name, "unmerge does not give the old weight back bit for bit: subtracting "
-                     "leaves rounding errors. Keep the old weight and put it back.", read)
-    _expect_error(name, layer, "unmerge", forward, full,
-                  "unmerge must raise a RuntimeError where nothing is merged.")
+
+
+def _check_other(
+    name: str, forward: Callable[[], np.ndarray], merged: Callable[[], bool], before: np.ndarray
+) -> None:
+    """See that another layer of the class has noticed nothing."""
+    if merged() or not np.array_equal(forward(), before):
+        raise failed(name, "Merging one layer changes another one: something is kept in the class "
+                     "and not in self.")
 
 
 def _expect_error(
@@ -423,6 +509,8 @@ def find_errors(function: Callable[[list[dict[str, Any]]], list[str]]) -> Passed
         if got is None:
             raise failed(name, "It returns nothing; return the list of names.")
         want = [row["name"] for row in table if not _follows(row)]
+        if not isinstance(got, (list, tuple, set)) or not all(isinstance(x, str) for x in got):
+            raise failed(name, f"Return a list of names (text); yours is {str(got)[:80]}.")
         got = list(got)
         for row in table:
             count = 2 * row["layers"] * row["matrices"] * row["d"] * row["rank"]
@@ -481,25 +569,27 @@ def train(settings: dict[str, Any]) -> Passed:
         raise failed(name, f"Missing in the settings: {', '.join(sorted(missing))}.")
     if unknown := set(settings) - wanted:
         raise failed(name, f"Unknown settings: {', '.join(sorted(map(str, unknown)))}.")
-    if not isinstance(settings["learning_rate"], (int, float)) or not (
-        0 < settings["learning_rate"] < 10
-    ):
-        raise failed(name, f"learning_rate should be between 0 and 10, not "
-                     f"{settings['learning_rate']!r}.")
-    model = load_base("small")
-    run(name, lambda: replace_linear_with_lora(
-        model, settings["rank"], settings["alpha"], settings.get("target_modules")))
-    trainable = model.num_parameters(trainable_only=True)
+    rate = settings["learning_rate"]
+    if not isinstance(rate, (int, float, np.number)) or not 0 < rate < 10:
+        raise failed(name, f"learning_rate should be between 0 and 10, not {rate!r:.80}.")
+    settings = settings | {"learning_rate": float(rate)}
+    try:
+        check_hyperparameters(settings["rank"], settings["alpha"], "alpha/r", "fan-in")
+        targets = find_targets(load_base("small"), settings.get("target_modules"))
+    except (ValueError, TypeError) as error:
+        raise failed(name, str(error)) from None
+    if not settings["alpha"]:
+        raise failed(name, "alpha is 0, so the update is zero whatever is trained.")
+    trainable = sum(settings["rank"] * sum(linear.weight.shape) for linear in targets.values())
     if trainable > BUDGET:
         raise failed(name, f"Over the budget: {trainable:,} trainable parameters, {BUDGET:,} are "
                      "allowed. A lower rank, or fewer matrices?",
                      "r (n + m) for each adapted matrix.")
     result = run(name, lambda: train_with(settings))
     if result["gain"] < BUDGET_GAIN:
-        rate = settings["learning_rate"]
         scale = abs(settings["alpha"] / settings["rank"])
         if not result["gain"] > 0:
-            why = "it is worse than before: the learning rate is too high."
+            why = "it is worse than before: the learning rate, or alpha / rank, is too high."
         elif rate <= 0.3 * compare.LORA_LEARNING_RATE:
             why = ("that learning rate is one for full fine-tuning. LoRA starts at B = 0 and wants "
                    "one several times as high.")
@@ -531,16 +621,18 @@ def diagnosis(function: Callable[[Adapter], tuple[str, int]]) -> Passed:
     read = ("||scale A B|| in the Frobenius norm; singular values squared and summed up to 90% of "
             "their sum.")
     answers = []
-    for seed in range(12):
+    for seed in range(16):
         adapter = _adapter(seed)
         given = copy.deepcopy(adapter)
         got = run(name, lambda given=given: function(given))
-        if any(not np.array_equal(x, y) for p in adapter.layers
-               for x, y in zip(adapter.layers[p].arrays, given.layers[p].arrays, strict=True)):
-            raise failed(name, "It changes A or B in place.")
-        if not isinstance(got, tuple) or len(got) != 2:
+        if list(given.layers) != list(adapter.layers) or any(
+            not np.array_equal(x, y) for p in adapter.layers
+            for x, y in zip(adapter.layers[p].arrays, given.layers[p].arrays, strict=True)
+        ):
+            raise failed(name, "It changes the adapter that it was given.")
+        if not isinstance(got, (tuple, list)) or len(got) != 2:
             raise failed(name, "It should return two things, the name of the layer and the rank.")
-        if got[0] not in adapter.layers:
+        if not isinstance(got[0], str) or got[0] not in adapter.layers:
             raise failed(name, f"The first thing should be the name of a layer, one of "
                          f"{', '.join(adapter.layers)}; yours is {got[0]!r:.80}.")
         if not isinstance(got[1], (int, np.integer)) or isinstance(got[1], bool):
@@ -554,11 +646,20 @@ def diagnosis(function: Callable[[Adapter], tuple[str, int]]) -> Passed:
 def _adapter(seed: int) -> Adapter:
     """Make an adapter whose layers differ in scale, size, and how fast their ranks fall off."""
     rng, layers = np.random.default_rng(seed), {}
-    for i, path in enumerate(("h.0.attn.q_proj", "h.0.mlp.up_proj", "h.1.attn.v_proj")):
-        n, m, r = 12, (12, 30, 12)[i], (4, 6, 8)[i]
+    paths = ["h.0.attn.q_proj", "h.0.mlp.up_proj", "h.0.mlp.down_proj", "h.1.attn.v_proj"]
+    for path in rng.permutation(paths).tolist():
+        n, m = {"up": (12, 30), "do": (30, 12)}.get(path.rpartition(".")[2][:2], (12, 12))
+        r = int(rng.integers(2, 9))
         a, b = rng.standard_normal((n, r)), rng.standard_normal((r, m))
         b *= np.exp(-rng.uniform(0.0, 1.2) * np.arange(r))[:, None]
         layers[path] = Factors(a, rng.uniform(0.2, 3.0) * b, float(rng.uniform(1, 40)))
+    if seed % 2:  # one layer has the largest singular value, another the largest norm
+        peak, flat = rng.permutation(list(layers))[:2].tolist()
+        largest = max(f.norm() for f in layers.values())
+        for path, values in ((peak, [2.0]), (flat, [1.2] * 4)):
+            u, _ = np.linalg.qr(rng.standard_normal((len(layers[path].A), len(values))))
+            v, _ = np.linalg.qr(rng.standard_normal((layers[path].B.shape[1], len(values))))
+            layers[path] = Factors(u, largest * np.array(values)[:, None] * v.T, float(len(values)))
     return Adapter(layers)
 
 
@@ -582,10 +683,15 @@ def _check_layer(name: str, answers: list[tuple[Adapter, tuple]], read: str) -> 
         (lambda f: norm(f.delta_weight(), 2), "that is the largest singular value; the Frobenius "
          "norm counts all of them."),
         (lambda f: np.abs(f.delta_weight()).max(), "that is the largest entry; all count."),
-        (lambda f: np.abs(f.delta_weight()).mean(), "that is the mean entry, which makes large "
-         "layers look small."),
+        (lambda f: norm(f.delta_weight(), "nuc"), "you add the singular values; the Frobenius norm "
+         "adds their squares."),
+        (lambda f: np.abs(f.delta_weight()).sum(), "you add the entries; the norm adds their "
+         "squares."),
+        (lambda f: np.abs(f.delta_weight()).mean(), "that is the mean entry: it divides by the "
+         "size of the layer."),
         (lambda f: norm(f.delta_weight()) / f.delta_weight().size ** 0.5,
          "you divide by the size of the layer."),
+        (lambda f: f.norm() / len(f.A) ** 0.5, "you divide by the size of the layer."),
         (lambda f: -f.norm(), "that is the layer that changed least."),
         (lambda f: f.scale, "that is the layer with the largest scale."),
         (lambda f: f.delta_weight().sum(), "a sum of entries lets positive and negative cancel."),

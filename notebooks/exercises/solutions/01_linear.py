@@ -23,12 +23,12 @@
 # The layer is $y = xW + b$ for a batch of $N$ rows: $x$ is $(N, n)$, $W$ is $(n, m)$, $b$ is
 # $(m,)$, and $y$ is $(N, m)$. In entries,
 #
-# $$y_{kj} = \sum_i x_{ki} W_{ij} + b_j.$$
+# $$y_{ij} = \sum_k x_{ik} W_{kj} + b_j.$$
 #
 # Backward is given `dout`, the gradient of the loss with respect to $y$, of the shape of $y$. Each
 # gradient has the shape of what it belongs to: $dx$ is $(N, n)$, $dW$ is $(n, m)$, $db$ is $(m,)$.
-# By the chain rule, for example, $dW_{ij} = \sum_{k} \frac{\partial y_{kj}}{\partial W_{ij}}
-# dout_{kj} = \sum_k x_{ki}\, dout_{kj}$. Write the other two down like that first; then find the
+# By the chain rule, for example, $dW_{kj} = \sum_{i} \frac{\partial y_{ij}}{\partial W_{kj}}
+# dout_{ij} = \sum_i x_{ik}\, dout_{ij}$. Write the other two down like that first; then find the
 # products of matrices that they are.
 
 # %% [markdown]
@@ -45,8 +45,8 @@
 #
 # <details><summary>Hint 2</summary>
 #
-# $dx_{ki} = \sum_j dout_{kj} W_{ij}$: the sum is over $j$, which is last in both. $db_j = \sum_k
-# dout_{kj}$, since $b_j$ is added in every row.
+# $dx_{ik} = \sum_j dout_{ij} W_{kj}$: the sum is over $j$, which is last in both. $db_j = \sum_i
+# dout_{ij}$, since $b_j$ is added in every row.
 #
 # </details>
 #
@@ -55,6 +55,11 @@
 # The shapes leave only one choice: $(N, n) = (N, m)(m, n)$, and $(n, m) = (n, N)(N, m)$.
 #
 # </details>
+
+# %% [markdown]
+# Return the three gradients in the order `dx, dW, db`. In all exercises, results have the dtype of
+# the inputs: float32 in, float32 out. NumPy makes float64 of a float32 array where a float64 one
+# comes in, such as `np.ones(n)` without a `dtype`.
 
 # %%
 import numpy as np

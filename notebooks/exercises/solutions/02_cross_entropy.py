@@ -13,7 +13,8 @@
 # %% [markdown]
 # # Exercise 2. Soft-max and cross-entropy
 #
-# *30 minutes. You need: exercise 1.*
+# *30 minutes. You need: exercise 1; notebook 3 says what logits are: one number for
+# each possible next token, the larger the likelier.*
 #
 # **Goal.** Write the loss of a language model and its gradient, so that neither large logits nor
 # tiny probabilities hurt.
@@ -29,7 +30,9 @@
 #
 # $$\log p_t = z_t - \max z - \log \sum_i e^{z_i - \max z}.$$
 #
-# *The gradient.* From that line, $\frac{\partial(-\log p_t)}{\partial z_j} = p_j - [j = t]$: the
+# *The gradient.* The maximum cancels: $-\log p_t = -z_t + \log \sum_i e^{z_i}$. The first term has
+# the derivative $-1$ if $j = t$ and else 0; the second $e^{z_j} / \sum_i e^{z_i} = p_j$. So
+# $\partial(-\log p_t) / \partial z_j$ is $p_j - 1$ at the target and $p_j$ elsewhere: the
 # probabilities, with 1 subtracted at the target. And the mean gives a factor $1/N$.
 
 # %% [markdown]
@@ -85,9 +88,9 @@ check.cross_entropy(cross_entropy)
 # The check says *correct*, also for logits around 1000, and for rows where the target's probability
 # is far below the smallest number that floating point has.
 
-# %%
-logits = np.zeros((1, 96))
-print(f"loss of a model that knows nothing about 96 characters: {np.log(96):.3f} nats")
+# %% tags=["look"]
+loss, _ = cross_entropy(np.zeros((1, 96)), np.array([0]))
+print(f"loss of a model that knows nothing about 96 characters: {loss:.3f} = {np.log(96):.3f} nats")
 
 # %% [markdown]
 # ## To think about

@@ -25,7 +25,7 @@
 #
 # - $B$ starts at zero, so that the update is zero and the model starts as the base.
 # - $A$ is uniform in $\pm 1/\sqrt{\text{in}}$. It must not be zero as well, or nothing would ever
-#   be learned: $dA$ holds $B$, and $dB$ holds $A$.
+#   be learned: $dA$ contains $B$, and $dB$ contains $A$.
 #
 # The frozen layer $xW + b$ is not part of it: that is added by the layer around this one.
 
@@ -91,4 +91,5 @@ print(f"{8 * (768 + 768):,} instead of {768 * 768:,}")
 # %% [markdown]
 # ## To think about
 #
-# Why is $(xA)B$ cheaper than $x(AB)$ for one row, and when is it the other way round?
+# Why is $(xA)B$ cheaper than $x(AB)$ for one row? For which $r$ and how many rows is it the other
+# way round? And if $AB$ is worked out once and used for many batches?

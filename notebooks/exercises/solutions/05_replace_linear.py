@@ -27,8 +27,11 @@
 # Three things are easy to get wrong, and people do:
 #
 # - *Freezing.* `LinearWithLoRA` freezes the Linear that it wraps, and nothing else. Embeddings and
-#   norms have parameters, too. `model.freeze()` freezes all that is there at the time.
-# - *A second call.* Inside a `LinearWithLoRA` there is a `Linear`.
+#   norms have parameters, too. A parameter is frozen by `parameter.requires_grad = False`;
+#   `model.named_parameters()` yields `(name, parameter)` for all, and those of LoRA have `.lora.`
+#   in their names.
+# - *A second call* must change nothing: inside a `LinearWithLoRA` there is a `Linear` that must
+#   not be wrapped again, and A and B stay as they are, and trainable.
 # - *Return the model*, the same one, changed in place.
 
 # %% [markdown]

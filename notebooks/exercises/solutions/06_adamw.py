@@ -27,8 +27,9 @@
 # $$p \leftarrow p - \text{lr} \left( \frac{\hat m}{\sqrt{\hat v} + \epsilon} + \lambda p \right).$$
 #
 # $m$ and $v$ start at zero, so at first they are too small; $\hat m$ and $\hat v$ make up for that
-# (*bias correction*), and are not stored. The decay $\lambda p$ stands outside the fraction: that
-# is the W in AdamW.
+# (*bias correction*), and are not stored: for a constant $g$, $m = (1 - \beta_1^t) g$, hence the
+# division. $\lambda$ is `weight_decay`; $\lambda p$ stands outside the fraction: that is the W in
+# AdamW.
 
 # %% [markdown]
 # ## Hints

@@ -20,7 +20,7 @@
 #
 # ## The mathematics
 #
-# For each row $x$ of width $C$: $\hat x = (x - \mu)\,\sigma$ with $\sigma = 1 / \sqrt{\text{var} +
+# For each row $x$ of width $C$: $\hat x = (x - \mu)\,\rho$ with $\rho = 1 / \sqrt{\text{var} +
 # \epsilon}$, and $y = \hat x \odot w + b$. The variance divides by $C$.
 #
 # $w$ and $b$ are used in every row, so $dw = \sum_{rows} dout \odot \hat x$ and $db = \sum_{rows}
@@ -30,7 +30,7 @@
 # the loss: directly, through $\mu$, and through the variance. With $\partial \mu / \partial x_i =
 # 1/C$ and $\partial \text{var} / \partial x_i = 2 (x_i - \mu) / C$ they add up to
 #
-# $$dx = \sigma \left( g - \text{mean}(g) - \hat x \, \text{mean}(g \odot \hat x) \right),$$
+# $$dx = \rho \left( g - \text{mean}(g) - \hat x \, \text{mean}(g \odot \hat x) \right),$$
 #
 # with means over the row. Derive it before you program it: it is the most instructive half hour on
 # this page.
@@ -48,8 +48,8 @@
 #
 # <details><summary>Hint 2</summary>
 #
-# The derivation: $\partial \sigma / \partial \text{var} = -\sigma^3 / 2$. So the third way gives
-# $-\sigma^3 (x_i - \mu) \frac1C \sum_j g_j (x_j - \mu)$. Put $\hat x = (x - \mu) \sigma$ in.
+# The derivation: $\partial \rho / \partial \text{var} = -\rho^3 / 2$. So the third way gives
+# $-\rho^3 (x_i - \mu) \frac1C \sum_j g_j (x_j - \mu)$. Put $\hat x = (x - \mu) \rho$ in.
 #
 # </details>
 #
@@ -87,6 +87,6 @@ check.layer_norm_backward(layer_norm_backward)
 #
 # ## To think about
 #
-# Every row of $dx$ sums to (nearly) zero, and is (nearly) at right angles to $\hat x$. Both can be
-# seen without any calculation: what happens to $y$ if all of $x$ is moved by the same amount, or
-# stretched?
+# Every row of $dx$ sums to zero, and is nearly (but for epsilon) at right angles to $\hat x$. Both
+# can be seen without any calculation: what happens to $y$ if all of $x$ is moved by the same
+# amount, or stretched?
