@@ -27,8 +27,9 @@
 # dout$.
 #
 # For $dx$, let $g = dout \odot w$, the gradient of $\hat x$. There are three ways from $x_i$ to
-# the loss: directly, through $\mu$, and through the variance. With $\partial \mu / \partial x_i =
-# 1/C$ and $\partial \text{var} / \partial x_i = 2 (x_i - \mu) / C$ they add up to
+# the loss: directly, through $\mu$, and through the variance. ($\mu$ is in the variance as well,
+# but $\sum_j (x_j - \mu) = 0$, so that way vanishes.) With $\partial \mu / \partial x_i = 1/C$ and
+# $\partial \text{var} / \partial x_i = 2 (x_i - \mu) / C$ they add up to
 #
 # $$dx = \rho \left( g - \text{mean}(g) - \hat x \, \text{mean}(g \odot \hat x) \right),$$
 #

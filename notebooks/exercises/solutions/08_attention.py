@@ -28,10 +28,12 @@
 # Go back step by step:
 #
 # 1. $out = Pv$ is a product: $dv = P^\top dout$ and $dP = dout\, v^\top$.
-# 2. The soft-max of a row: $dS_j = P_j (dP_j - \sum_i dP_i P_i)$.
+# 2. The soft-max of a row has $\partial P_i / \partial S_j = P_i (\delta_{ij} - P_j)$, where
+#    $\delta_{ij}$ is 1 if $i = j$ and else 0; hence $dS_j = P_j (dP_j - \sum_i dP_i P_i)$.
 # 3. $S$ is a product with a factor: $dq = dS\, k / \sqrt D$ and $dk = dS^\top q / \sqrt D$.
 #
-# Where the mask was, $P = 0$, so $dS = 0$ there by itself.
+# Remember: float32 in, float32 out; and subtract each row's maximum before `exp`. Where the mask
+# was, $P = 0$, so $dS = 0$ there by itself.
 
 # %% [markdown]
 # ## Hints
@@ -88,5 +90,5 @@ check.attention_backward(attention_backward)
 #
 # ## To think about
 #
-# The last row of $dv$ comes from one position only. Which, and why? Which position's output does
-# the first row of $dv$ depend on?
+# The last row of $dv$ comes from one position only. Which, and why? Which rows of `dout` reach the
+# first row of $dv$?

@@ -58,6 +58,10 @@ import numpy as np
 
 from minilora import check
 
+# %% [markdown]
+# The check reads the attribute `merged`, calls the three methods in several orders, and looks at
+# more than one layer at a time.
+
 # %% tags=["solution"]
 class MergeableLinear:
     """y = x W + scale * x A B, with W (n, m), A (n, r), B (r, m)."""
@@ -103,7 +107,7 @@ check.merge(MergeableLinear)
 # %%
 W = np.linspace(0.01, 0.2, 5).astype(np.float16)
 U = np.float16(0.1)
-print(W, (W + U) - U)
+print(W, (W + U) - U - W)
 
 # %% [markdown]
 # ## To think about

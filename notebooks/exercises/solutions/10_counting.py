@@ -92,7 +92,8 @@ for row in check.TABLE:
 
 # %% tags=["solution"]
 def find_errors(table):
-    """table: a list of rows as above -> the names of the rows that are not the count, rounded."""
+    """table: a list of rows as above -> a list of names, of the rows whose printed value is not
+    the count, rounded to as many digits as are printed."""
     ### BEGIN SOLUTION
     wrong = []
     for row in table:

@@ -22,9 +22,9 @@
 #
 # The small base of this library has read English documentation. It gets 40 steps on Python code,
 # of 16 times 64 characters. `check.train_with(settings)` trains with your settings and returns
-# what came out; `check.train` asks for a gain of `check.BUDGET_GAIN` nats per character on
-# held-out code, with no more than `check.BUDGET` trainable parameters. The first choice of most
-# people is not good enough.
+# what came out; `check.train` asks for a gain of `check.BUDGET_GAIN` (0.42) nats per character on
+# held-out code, with no more than `check.BUDGET` (6,000) trainable parameters. The first choice of
+# most people is not good enough.
 #
 # The base has 2 blocks of width 64: `q_proj`, `k_proj`, `v_proj`, `o_proj` are (64, 64), `up_proj`
 # is (64, 256), `down_proj` (256, 64).

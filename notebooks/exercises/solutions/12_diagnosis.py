@@ -67,7 +67,7 @@ from minilora.peft_files import read_adapter
 
 # %% tags=["solution"]
 def diagnose(adapter):
-    """Return (name of the layer with the largest update, its effective rank at 90%)."""
+    """Return a tuple: name of the layer with the largest update, its effective rank (an int)."""
     ### BEGIN SOLUTION
     updates = {name: f.scale * f.A @ f.B for name, f in adapter.layers.items()}
     most = max(updates, key=lambda name: np.linalg.norm(updates[name]))
