@@ -52,6 +52,18 @@ def test_the_table_is_the_committed_result():
     assert result["settings"]["base"] == "base"
 
 
+def test_files_the_teachers_page_points_to_exist():
+    folder = ROOT / "notebooks"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", page) if "://" not in link]
+    assert len(links) >= 9 + 12 and all((folder / link).exists() for link in links)
+    for path in sorted(folder.glob("[0-9]*.ipynb")) + sorted(folder.glob("exercises/[0-9]*.ipynb")):
+        assert str(path.relative_to(folder)) in links, path
+    for name in re.findall(r"`((?:tests|minilora|notebooks|exercises)/[\w/]+\.py)`", page):
+        at = folder if name.startswith("exercises") else ROOT
+        assert (at / name).exists() or "13_name" in name, name
+
+
 def test_files_it_points_to_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert "://" in target or (ROOT / target).exists(), target
