@@ -139,3 +139,15 @@ def test_training_within_the_budget():
             check.train(good | change)
     with pytest.raises(CheckFailed, match="Missing in the settings: alpha"):
         check.train({"rank": 2, "learning_rate": 1})
+
+
+def test_a_check_leaves_everything_as_it_was():
+    import tracemalloc
+
+    tracemalloc.start()
+    with np.errstate(all="raise"):
+        for task in TASKS.values():
+            check.engine.check(task, task.reference)
+        assert np.geterr()["under"] == "raise"
+    assert tracemalloc.is_tracing()
+    tracemalloc.stop()

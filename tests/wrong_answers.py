@@ -276,6 +276,7 @@ WRONG["cross_entropy"] += entropies(
     ("denominator", "(z - m - np.log(s))", "(z - m)"),
     ("wrong order", "return loss, p", "return p, loss"),
     ("one axis too many", ".mean()", ".mean(keepdims=True)"),
+    ("mean was subtracted", "z.max(-1, keepdims=True)", "z.mean(-1, keepdims=True)"),
     ("must be each row's own", "z.max(-1, keepdims=True)", "np.abs(z).max()"),
 )
 WRONG["cross_entropy"][-1] = (None, WRONG["cross_entropy"][-1][1])
@@ -349,6 +350,10 @@ WRONG["lora_forward"] = layers(
     ("not independent", GOOD.replace("rng.uniform(-n**-.5, n**-.5, (n, r))",
                                      "np.tile(rng.uniform(-1, 1, (n, 1)) * n**-.5, (1, r))"),
      None),
+    ("floating-point", GOOD.replace("np.zeros((r, m))", "np.zeros((r, m), int)"), None),
+    ("a few values", GOOD.replace("rng.uniform(-n**-.5, n**-.5, (n, r))",
+                                  "rng.choice([-n**-.5, n**-.5], (n, r))"), None),
+    ("Kaiming", GOOD.replace("-n**-.5, n**-.5", "-(6/n)**.5, (6/n)**.5"), None),
     ("Xavier", GOOD.replace("-n**-.5, n**-.5", "-(6/(n+r))**.5, (6/(n+r))**.5"), None),
     ("alpha instead of the scale", GOOD + "; self.alpha = alpha",
      "return self.alpha * (x @ self.A @ self.B)"),
@@ -509,6 +514,17 @@ def g(model, rank, alpha):
         if isinstance(child, LinearWithLoRA): child = child.linear
         if isinstance(child, Linear): setattr(model, name, LinearWithLoRA(child, rank, alpha))
         else: g(child, rank, alpha)
+def f(model, rank, alpha):
+    model.freeze()
+    g(model, rank, alpha)
+    return model
+---
+has the scale
+def g(model, rank, alpha):
+    for name, child in list(model.named_children()):
+        if isinstance(child, Linear):
+            setattr(model, name, LinearWithLoRA(child, rank, alpha, "alpha/sqrt(r)"))
+        elif not isinstance(child, LinearWithLoRA): g(child, rank, alpha)
 def f(model, rank, alpha):
     model.freeze()
     g(model, rank, alpha)
@@ -1041,12 +1057,13 @@ def errors(*rows):
 
 
 WRONG["find_errors"] = errors(
-    ("yet you list it", '2 * row["layers"]', 'row["layers"]'),
-    ("yet you list it", '* row["matrices"] ', ""),
-    ("yet you list it", ":.{k}f", ":.2f"),
+    ("factor 2 is missing", '2 * row["layers"]', 'row["layers"]'),
+    ("matrices are not counted", '* row["matrices"] ', ""),
+    ("you round to two digits", ":.{k}f", ":.2f"),
+    ("2**20", "n / 1e6", "n / 2**20"),
     ("yet you do not list it", ":.{k}f}M\" != row[\"printed\"]",
      ":.0f}\" != f'{float(row[\"printed\"][:-1]):.0f}'"),
-    ("yet you list it", "!=", "=="),
+    ("rows that are right", "!=", "=="),
     ("returns nothing", "    return out\n", ""),
     ("yet you do not list it", 'out.append(row["name"])', "pass"),
     ("changes the table", "        n = 2", "        row['seen'] = 1\n        n = 2"),

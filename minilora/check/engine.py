@@ -175,15 +175,16 @@ def same(got: Any, expected: Any, tolerance: float = 1e-7) -> bool:
     got, expected = np.asarray(got), np.asarray(expected)
     if got.shape != expected.shape:
         return False
-    if not np.array_equal(np.isfinite(got), np.isfinite(expected)):
+    if any(not np.array_equal(test(got), test(expected)) for test in (np.isnan, np.isposinf)):
         return False
     where = np.isfinite(expected)
-    if not where.any():
-        return True
+    if not np.array_equal(where, np.isfinite(got)) or not where.any():
+        return not where.any() and not np.isfinite(got).any()
     size = float(np.abs(expected[where]).max())
     return bool(np.abs(got[where] - expected[where]).max() <= tolerance * max(size, 1e-3))
 
 
+@np.errstate(all="ignore")  # whatever the learner has set
 def check(task: Task, function: Callable[..., Any]) -> Passed:
     """Check a learner's function; raise CheckFailed that says what is wrong."""
     if not callable(function):
@@ -281,7 +282,7 @@ def _candidates(task: Task, name: str) -> list[tuple[str, Callable[[Case, np.nda
         return lambda case, want: want * task.factors(**case)[words] ** power
 
     words = task.factors(**task.cases[0])
-    found += [(f"it lacks the factor {w}.", factor(w, -1)) for w in words]
+    found += [(f"it lacks the factor {w}, or is divided by it.", factor(w, -1)) for w in words]
     found += [(f"it has the factor {w} once too often.", factor(w, 1)) for w in words]
     found += [(f"it is divided by {w} twice, or divided where it should be multiplied by it.",
                factor(w, -2)) for w in words]

@@ -71,6 +71,9 @@ def _array(value: Any) -> np.ndarray:
 
 def _check_factors(name: str, a: np.ndarray, b: np.ndarray, n: int, m: int, r: int) -> None:
     read = "y = scale * x A B, with x (.., n), A (n, r), B (r, m)."
+    if a.dtype.kind != "f" or b.dtype.kind != "f":
+        raise failed(name, f"A and B are to be floating-point numbers, yours are {a.dtype} and "
+                     f"{b.dtype}: steps of training are no whole numbers.", read)
     if (a.shape, b.shape) == ((n, r), (r, m)):
         return
     if (a.shape, b.shape) == ((r, m), (n, r)):
@@ -123,6 +126,8 @@ def _check_init(name: str, make: Callable[..., Any]) -> None:
         raise failed(name, "The columns of A are not independent: draw each number of A anew.",
                      read)
     bound, largest = n**-0.5, float(np.abs(a).max())
+    if len(np.unique(a)) < a.size / 10:
+        raise failed(name, "A takes a few values only: draw uniformly between the bounds.", read)
     if a.min() >= 0:
         raise failed(name, "A has no negative numbers: draw from -1/sqrt(in) to 1/sqrt(in).", read)
     for value, text in ((r**-0.5, "1/sqrt(rank): take the number of inputs, A's first axis."),
@@ -132,7 +137,7 @@ def _check_init(name: str, make: Callable[..., Any]) -> None:
                          "LoRA takes 1/sqrt(in)."), 
                         (6**0.5 * bound, "sqrt(6/in): that is Kaiming's bound for a = 0; LoRA "
                          "takes a = sqrt(5), which gives 1/sqrt(in).")):
-        if abs(largest / value - 1) < 0.03 and abs(value / bound - 1) > 0.1:
+        if abs(largest / value - 1) < 0.01 and abs(value / bound - 1) > 0.1:
             raise failed(name, f"A is drawn up to {text}", read)
     if largest > 1.001 * bound or np.abs(a).std() < 0.2 * largest:
         kind = "normal, not uniform" if largest > 3 * a.std() else "too large"
@@ -298,6 +303,9 @@ def _check_replaced(name: str, model: Module, linears: dict[str, Linear]) -> Non
         if layer.lora.rank != 2 or layer.lora.alpha != 6:
             raise failed(name, f"{path} has rank {layer.lora.rank} and alpha {layer.lora.alpha}, "
                          "not the rank 2 and alpha 6 that were given.", read)
+        if layer.lora.scale != 3.0:
+            raise failed(name, f"{path} has the scale {layer.lora.scale:g}, not alpha / r = 3: "
+                         "leave the scaling as it is by default.", read)
     extra = [path for path, m in modules.items() if isinstance(m, LinearWithLoRA)
              and path not in linears]
     if extra:
@@ -306,6 +314,8 @@ def _check_replaced(name: str, model: Module, linears: dict[str, Linear]) -> Non
 
 def _check_frozen(name: str, model: Module, again: bool = False) -> None:
     read = "Freeze the whole model first; new LoRA layers come in trainable."
+    if again:
+        read = "A second call changes nothing: what is LoRA's already must not be frozen."
     trainable = {path for path, p in model.named_parameters() if p.requires_grad}
     lora = {path for path, _ in model.named_parameters() if ".lora." in path}
     when = " after the second call" if again else ""
@@ -483,10 +493,14 @@ TABLE = [
 ]
 
 
-def _follows(row: dict[str, Any]) -> bool:
-    count = 2 * row["layers"] * row["matrices"] * row["d"] * row["rank"]
-    digits = len(row["printed"].rstrip("M").partition(".")[2])
-    return f"{count / 1e6:.{digits}f}M" == row["printed"]
+def _count(row: dict[str, Any]) -> int:
+    return 2 * row["layers"] * row["matrices"] * row["d"] * row["rank"]
+
+
+def _follows(row: dict[str, Any], count: float | None = None, digits: int | None = None) -> bool:
+    """Whether the count, rounded to as many digits as are printed, is what is printed."""
+    digits = len(row["printed"].rstrip("M").partition(".")[2]) if digits is None else digits
+    return f"{(_count(row) if count is None else count) / 1e6:.{digits}f}M" == row["printed"]
 
 
 def find_errors(function: Callable[[list[dict[str, Any]]], list[str]]) -> Passed:
@@ -498,30 +512,56 @@ def find_errors(function: Callable[[list[dict[str, Any]]], list[str]]) -> Passed
     for i in range(12):  # rows that cannot be known by heart
         row = {"name": f"row {i}", "d": int(rng.integers(10, 2000)) * 8, "layers": 6 * (i + 1),
                "matrices": 1 + i % 4, "rank": 2 ** (i % 5)}
-        count = 2 * row["layers"] * row["matrices"] * row["d"] * row["rank"]
         wrong = (1.0, 1.0, 0.5, 1.08)[i % 4]
-        made.append(row | {"printed": f"{wrong * count / 1e6:.2f}M"})
-    for table in (TABLE, made, made[:2], []):
+        made.append(row | {"printed": f"{wrong * _count(row) / 1e6:.2f}M"})
+    tables, answers = (TABLE, made, made[:2], []), []
+    for table in tables:
         given = copy.deepcopy(table)
         got = run(name, lambda given=given: function(given))
         if given != table:
             raise failed(name, "It changes the table that it was given.")
         if got is None:
             raise failed(name, "It returns nothing; return the list of names.")
-        want = [row["name"] for row in table if not _follows(row)]
         if not isinstance(got, (list, tuple, set)) or not all(isinstance(x, str) for x in got):
             raise failed(name, f"Return a list of names (text); yours is {str(got)[:80]}.")
-        got = list(got)
+        answers.append(sorted(got))
+    _name_cause(name, tables, answers, read)
+    for table, got in zip(tables, answers, strict=True):
+        want = [row["name"] for row in table if not _follows(row)]
         for row in table:
-            count = 2 * row["layers"] * row["matrices"] * row["d"] * row["rank"]
-            facts = f"{row['name']}: {count:,} parameters, printed {row['printed']}"
+            facts = f"{row['name']}: {_count(row):,} parameters, printed {row['printed']}"
             if row["name"] in got and row["name"] not in want:
                 raise failed(name, f"{facts}. That is right when rounded, yet you list it.", read)
             if row["name"] in want and row["name"] not in got:
                 raise failed(name, f"{facts}. That is no rounding, yet you do not list it.", read)
-        if sorted(got) != sorted(want):
+        if got != sorted(want):
             raise failed(name, f"Return the names of the wrong rows, {want}; yours are {got}.")
     return Passed(name, "Checked on the paper's table and on others.")
+
+
+def _name_cause(
+    name: str, tables: tuple[list[dict[str, Any]], ...], answers: list[list[str]], read: str
+) -> None:
+    """Say what kind of mistake gives these answers, if a usual one does so on every table."""
+
+    def lists(count: Callable[[dict[str, Any]], float], digits: int | None = None) -> list[list]:
+        return [sorted(r["name"] for r in t if not _follows(r, count(r), digits)) for t in tables]
+
+    causes = (
+        ([sorted(r["name"] for r in t if _follows(r)) for t in tables],
+         "you list the rows that are right."),
+        (lists(lambda r: _count(r) / 2), "the factor 2 is missing: A and B, d * r each."),
+        (lists(lambda r: _count(r) / r["matrices"]), "the matrices are not counted."),
+        (lists(lambda r: _count(r) / r["layers"]), "the layers are not counted."),
+        (lists(lambda r: _count(r) / r["rank"]), "the rank is missing."),
+        (lists(lambda r: _count(r) * r["d"]), "this counts d * d for a matrix."),
+        (lists(_count, 1), "you round to one digit; some rows are printed with two."),
+        (lists(_count, 2), "you round to two digits; some rows are printed with one."),
+        (lists(lambda r: _count(r) * 1e6 / 2**20), "a million is 1e6, not 2**20."),
+    )
+    fitting = [text for listed, text in causes if listed == answers != lists(_count)]
+    if fitting:
+        raise failed(name, "Wrong rows are listed: " + " Or: ".join(fitting), read)
 
 
 # ---- 11. Training under a budget
