@@ -20,6 +20,7 @@ from minilora.checkpoint import (
     save_checkpoint,
 )
 from minilora.gpt import GPT, sample_tokens
+from minilora.interop import from_hf_gpt2
 from minilora.lora import merge_lora
 from minilora.parallel import default_threads, keep_freed_memory, one_blas_thread
 from minilora.peft_files import CONFIG_FILE, WEIGHTS_FILE, describe_adapter, load_adapter
@@ -68,7 +69,9 @@ def pretrain_command(args: argparse.Namespace) -> None:
 
 
 def load_model(name: str) -> GPT:
-    """Return a shipped model by its name, or a checkpoint by its path."""
+    """Return a shipped model by its name, a checkpoint, or a GPT-2 of transformers from a folder."""
+    if Path(name).is_dir():
+        return from_hf_gpt2(name)
     is_path = Path(name).suffix or "/" in name or Path(name).is_file()
     return load_checkpoint(name) if is_path else load_base(name)
 
@@ -93,6 +96,8 @@ def generate_command(args: argparse.Namespace) -> None:
 def info_command(args: argparse.Namespace) -> None:
     """Print what is in an adapter or a checkpoint."""
     path = Path(args.path)
+    if path.is_dir() and not (path / CONFIG_FILE).exists() and (path / "config.json").exists():
+        path /= "model.safetensors"  # a model of transformers
     is_adapter = path.is_dir() or path.name in (CONFIG_FILE, WEIGHTS_FILE)
     print(describe_adapter(path) if is_adapter else describe_checkpoint(path))
 
@@ -228,7 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("generate", generate_command, "let a model write")
     sub.add_argument("--prompt", default="The ", help=r"text to continue; \n is a new line")
     sub.add_argument("--base", default="base",
-                     help="base, small, or the path of a checkpoint (default: base)")
+                     help="base, small, a checkpoint, or a folder of transformers (default: base)")
     sub.add_argument("--adapter", help="folder of an adapter, as compare writes them")
     sub.add_argument("--tokens", type=whole(0), default=400,
                      help="characters to write (default: 400)")
@@ -242,7 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("path", help="folder of an adapter, or a safetensors file")
 
     sub = command("merge", merge_command, "merge an adapter into a base for good")
-    sub.add_argument("base", help="base, small, or the path of a checkpoint")
+    sub.add_argument("base", help="base, small, a checkpoint, or a folder of transformers")
     sub.add_argument("adapter", help="folder of an adapter")
     sub.add_argument("out", help="checkpoint to write, in float32")
 

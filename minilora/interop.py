@@ -23,6 +23,7 @@ from minilora.checkpoint import (
     write_atomically,
 )
 from minilora.gpt import GPT, GPTConfig
+from minilora.layers import Linear
 from minilora.module import float_dtype
 
 HF_NAMES = {
@@ -61,6 +62,7 @@ def their_name(layer: str) -> str:
 def from_hf_gpt2(folder: str | Path, dtype: Any = np.float32) -> GPT:
     """Load a GPT-2 that transformers saved: config.json and model.safetensors, whole or sharded.
 
+    GPT2LMHeadModel, GPT2Model, or GPT2ForSequenceClassification, whose `score` becomes the head.
     Dropout is set to 0: GPT-2's is on the attention weights too. CheckpointError where a file is
     not sound, is no GPT-2, or has a setting that this library cannot honour.
     """
@@ -74,6 +76,9 @@ def from_hf_gpt2(folder: str | Path, dtype: Any = np.float32) -> GPT:
     for name in stored:
         if f"transformer.{name}" in stored:
             raise CheckpointError(f"{folder}: {name} stands twice, with and without transformer.")
+    score = tensors.pop("score.weight", None)
+    if score is not None and (score.ndim != 2 or score.shape[1] != config.d_model):
+        raise CheckpointError(f"{folder}: score.weight has shape {score.shape}, not (classes, d)")
     head = tensors.get("lm_head.weight")
     if config.tie_weights and head is not None and not np.array_equal(
         head, tensors.get("wte.weight")
@@ -97,6 +102,9 @@ def from_hf_gpt2(folder: str | Path, dtype: Any = np.float32) -> GPT:
         model.load_state_dict(state)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} is not a GPT-2 of its config: {error.args[0]}") from None
+    if score is not None:
+        model.lm_head = Linear(config.d_model, len(score), bias=False, dtype=dtype, rng=0)
+        model.lm_head.weight.data[...] = score.T
     return model
 
 

@@ -178,3 +178,16 @@ def test_every_public_name_is_there():
 
     for name in minilora.__all__:
         assert getattr(minilora, name).__doc__, name
+
+
+def test_a_folder_of_transformers_is_a_base(tmp_path, capsys):
+    ml.to_hf_gpt2(ml.load_base("small"), tmp_path / "gpt2")
+    model = ml.replace_linear_with_lora(ml.load_base("small"), 2, 4, "q_proj", rng=0)
+    ml.save_peft(model, tmp_path / "task")
+    args = ["merge", str(tmp_path / "gpt2"), str(tmp_path / "task"), str(tmp_path / "out")]
+    assert main(args) == 0
+    assert main(["info", str(tmp_path / "gpt2")]) == 0
+    assert "transformer.h.0.attn.c_attn.weight: (64, 192)" in capsys.readouterr().out
+    state = ml.load_checkpoint(tmp_path / "out").state_dict()
+    base = ml.load_base("small").state_dict()
+    assert all(np.array_equal(state[name], array) for name, array in base.items())

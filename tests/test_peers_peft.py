@@ -241,3 +241,13 @@ def test_a_tied_head_as_target_is_refused_in_words(tmp_path):
     gpt2(tied=True).save_pretrained(tmp_path / "base")
     with pytest.raises(ml.CheckpointError, match="tied to wte: it has no matrix of its own"):
         ml.load_adapter(ml.from_hf_gpt2(tmp_path / "base"), tmp_path / "theirs")
+
+
+def test_a_classifier_of_transformers_as_it_is(tmp_path, tokens):
+    kinds = dict(kind="GPT2ForSequenceClassification", num_labels=3, pad_token_id=0, tied=True)
+    theirs = gpt2(**kinds)
+    theirs.save_pretrained(tmp_path / "base")
+    ours = ml.from_hf_gpt2(tmp_path / "base")
+    close(ours(tokens)[:, -1], theirs(torch.from_numpy(tokens)).logits)
+    adapter = adapted(dict(target_modules=["c_attn"], task_type="SEQ_CLS"), **kinds)
+    there_and_back(tmp_path, adapter, ours, tokens, lambda logits: logits[:, -1], gpt2(**kinds))
