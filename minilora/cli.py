@@ -69,7 +69,7 @@ def pretrain_command(args: argparse.Namespace) -> None:
 
 
 def load_model(name: str) -> GPT:
-    """Return a shipped model by its name, a checkpoint, or a GPT-2 of transformers from a folder."""
+    """Return a shipped model by its name, a checkpoint, or a GPT-2 from a transformers folder."""
     if Path(name).is_dir():
         return from_hf_gpt2(name)
     is_path = Path(name).suffix or "/" in name or Path(name).is_file()
