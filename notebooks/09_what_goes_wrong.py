@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 9. What goes wrong
 #
-# A laboratory of failures. Each of them is among those that people report most; here each is made
-# to happen, looked at, explained in a few sentences, and repaired. In this notebook you will
+# A laboratory of failures. They are common ones; here each is made to happen, looked at, explained
+# in a few sentences, and repaired. In this notebook you will
 #
 # - start LoRA in two wrong ways,
 # - change the rank and forget the scale; forget to freeze; aim at layers that do not exist,
@@ -81,8 +81,8 @@ curves({"A random, B = 0": right, "A = 0, B = 0": result})
 
 # %% [markdown]
 # $dA = s\,x^\top (G B^\top)$ holds $B$, and $dB = s\,(xA)^\top G$ holds $A$. With both at zero,
-# both gradients are zero, at this step and at every later one. **Repair**: leave $A$ random; only
-# $B$ is zero.
+# both gradients are zero, at this step and at every later one. (The wiggle is that of the batches;
+# the weights never change.) **Repair**: leave $A$ random; only $B$ is zero.
 #
 # ## 2. Both factors random
 #
@@ -107,7 +107,7 @@ curves({"B = 0": right, "both random": result})
 #
 # ## 3. The rank was changed, and the scale forgotten
 #
-# "Rank 8 trained well; with rank 32 it diverges." The scale here is alpha itself, as in the first
+# "Rank 8 trained well; rank 32 is much worse." The scale here is alpha itself, as in the first
 # tutorials, and alpha is left as it was.
 
 # %%
@@ -131,7 +131,7 @@ plots.lines({f"scale = {name}": (ranks, losses) for name, losses in results.item
 # AdamW moves every number of $B$ by about the learning rate, whatever the rank, and $AB$ is a sum
 # of $r$ products: with more of them, the same step changes the weights more. Dividing by $r$ takes
 # that back, so that a learning rate which suits one rank suits the others better. **Repair**:
-# scale by alpha / r, or change alpha along with the rank.
+# scale by alpha / r; where the scale is alpha itself, lower alpha as the rank rises.
 #
 # ## 4. The base is not frozen
 #
@@ -149,8 +149,11 @@ moved = [n for n, p in ml.load_base("small").named_parameters()
 print(f"trained {leaky.num_parameters(True):,} parameters, not {good.num_parameters(True):,}; "
       f"moved besides A and B: {', '.join(moved[:4])}, ...")
 assert held_out(only_factors) > held_out(leaky) + 0.02
-plots.bars({"as trained": held_out(leaky), "A and B on the base": held_out(only_factors),
-            "trained with a frozen base": held_out(good)}, "loss on held-out code", form="{:.3f}")
+plots.bars(
+    {"as trained": held_out(leaky), "A and B on the base": held_out(only_factors),
+     "trained with a frozen base": held_out(good)},
+    "loss on held-out code\n(nats per character)", form="{:.3f}", baseline=before,
+)
 
 # %% [markdown]
 # Embeddings and norms were trained along, so $A$ and $B$ belong to a base that exists nowhere any
@@ -188,17 +191,20 @@ plots.bars(counts, "trainable parameters", form="{:,.0f}")
 #
 # ## 6. The learning rate of the other method
 #
-# "LoRA learns far too slowly", and: "full fine-tuning destroys the model".
+# "LoRA learns far too slowly", and: "full fine-tuning makes things worse before it makes
+# them better".
 
 # %%
 full_rate = compare.FULL_LEARNING_RATE
 slow, wild, full = lora(), ml.load_base("small"), ml.load_base("small")
 results = {
-    f"LoRA at {RATE:g}": right, f"LoRA at {full_rate / 2:g}": train(slow, full_rate / 2),
+    f"LoRA at {RATE:g}": right, f"LoRA at {full_rate:g}": train(slow, full_rate),
     f"full at {full_rate:g}": train(full, full_rate),
-    f"full at {3 * RATE:g}": train(wild, 3 * RATE),
+    f"full at {RATE:g}": train(wild, RATE),
 }
-assert held_out(slow) > held_out(good) + 0.05 and held_out(wild) > held_out(full) + 0.05
+print(f"held out: LoRA {held_out(good):.3f} and {held_out(slow):.3f}, "
+      f"full {held_out(full):.3f} and {held_out(wild):.3f}")
+assert held_out(slow) > held_out(good) + 0.02 and held_out(wild) > held_out(full) + 0.02
 curves(results)
 
 # %% [markdown]
@@ -237,7 +243,8 @@ curves(results)
 #
 # ## 8. Merged twice
 #
-# "After merging, the model is broken." A script merged, saved, and merged again when it was loaded.
+# "After merging, half of what it learned is lost." A script merged, saved, and merged again when
+# it was loaded.
 
 # %%
 weights = {path: layer.delta_weight() for path, layer in lora_layers(good)}
@@ -255,18 +262,18 @@ try:
 except RuntimeError as error:
     print(error)
 ml.unmerge_lora(good)
-plots.bars(outcome, "loss on held-out code", form="{:.3f}")
+plots.bars(outcome, "loss on held-out code\n(nats per character)", form="{:.3f}", baseline=before)
 
 # %% [markdown]
-# Once is right, twice overshoots by the whole update. Nothing in a merged weight tells that
-# something was added to it. **Repair**: a layer that knows whether it is merged and refuses, as
-# above; and `merge` with `unload=True` before saving, so that there is no adapter left that could
-# be merged again.
+# Once is right, twice overshoots by the whole update. Nothing in a merged weight by itself,
+# without the base, tells that something was added to it. **Repair**: a layer that knows whether it
+# is merged and refuses, as above; and `merge` with `unload=True` before saving, so that there is
+# no adapter left that could be merged again.
 #
 # ## 9. Merged in half precision
 #
-# "The merged model is a little worse than the adapter." Merging was done in float16, again and
-# again, for swapping tasks.
+# "The base is not the base any more." Merging was done in float16, again and again, for swapping
+# tasks.
 
 # %%
 drift, swaps = {"float16": [], "float32": []}, (1, 10, 30, 100)
@@ -288,12 +295,13 @@ plots.lines({name: (swaps, values) for name, values in drift.items()}, "tasks me
 
 # %% [markdown]
 # Each addition rounds to the nearest number that the precision has, and subtracting does not undo
-# that; the errors stay and add up. **Repair**: keep the base, and merge into a copy, or do not
-# merge at all: `AdapterSet` swaps layers and moves no numbers.
+# that; the errors stay and add up. The loss would hardly notice this much; but "the base again,
+# exactly" is gone, and nobody knows how far it has drifted. **Repair**: keep the base, and merge
+# into a copy, or do not merge at all: `AdapterSet` swaps layers and moves no numbers.
 #
 # ## 10. Adapters added factor by factor
 #
-# "The mean of two good adapters is bad."
+# "The mean of two good adapters is worse than either."
 
 # %%
 one = ml.get_adapter(good)
@@ -306,7 +314,7 @@ for kind in ("cat", "linear"):
     name = {"cat": "mean, exact", "linear": "mean of the factors"}[kind]
     sums[name] = held_out(ml.attach(ml.load_base("small"), mean))
 assert sums["mean of the factors"] > sums["mean, exact"] + 0.05
-plots.bars(sums, "loss on held-out code", form="{:.3f}")
+plots.bars(sums, "loss on held-out code\n(nats per character)", form="{:.3f}", baseline=before)
 
 # %% [markdown]
 # Both adapters learned the same task from different random $A$'s. $(A_1 + A_2)(B_1 + B_2)$ has the
@@ -316,7 +324,7 @@ plots.bars(sums, "loss on held-out code", form="{:.3f}")
 #
 # ## 11. The head is lost
 #
-# "My classifier was 90% right; loaded again, it guesses." (Notebook 7 has the whole story.)
+# "My classifier was good; loaded again, it is useless." (Notebook 7 has the whole story.)
 
 # %%
 training, held = prose_or_code(64, limit=2000)
@@ -338,9 +346,10 @@ plots.bars(outcome, "accuracy on held-out lines", form="{:.0%}", baseline=0.5)
 
 # %% [markdown]
 # The new head was random when training began, was trained, and is in no base. A file with $A$ and
-# $B$ alone does not have it. **Repair**: `modules_to_save`, so that the head is stored with the
-# task. Then test the file, not the model in memory: load it onto a fresh base before you delete
-# anything.
+# $B$ alone does not have it. (Another random head may give anything around 50%, depending on its
+# seed; this one happens to point the other way.) **Repair**: `modules_to_save`, so that the head
+# is stored with the task. Then test the file, not the model in memory: load it onto a fresh base
+# before you delete anything.
 
 # %% [markdown]
 # ## Questions
