@@ -37,7 +37,7 @@ from minilora import bench, compare, interact, plots
 from minilora.accounting import linear_flops, training_flops
 from minilora.parallel import default_threads, one_blas_thread
 
-THREADS, STEPS = default_threads(), 200
+THREADS, STEPS = default_threads(), 150
 base = ml.load_base("small")
 data = compare.Data.for_context(base.config.context_length)
 code_before = ml.evaluate(base, data.code_held_out, THREADS)
@@ -71,7 +71,7 @@ print("logits identical:", np.array_equal(model(ids), base(ids)))
 # %% [markdown]
 # ## Each method at its own learning rate
 #
-# A fair comparison gives each method the learning rate that suits it. 200 steps of AdamW with
+# A fair comparison gives each method the learning rate that suits it. 150 steps of AdamW with
 # batches of 16, warm-up and a cosine; the same batches for everyone.
 
 
