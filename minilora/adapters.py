@@ -131,7 +131,8 @@ def get_adapter(model: Module) -> Adapter:
         module = outer.module if isinstance(outer, ModuleToSave) else outer
         if path == "lm_head" and isinstance(model, GPT) and replaced_head(model):
             saved |= _whole_head(module)
-        elif isinstance(module, LinearWithLoRA):
+            continue
+        if isinstance(module, LinearWithLoRA):
             if id(module) not in seen:
                 layers[path] = _factors(module)
                 dropout = max(dropout, module.dropout.p)
@@ -183,9 +184,12 @@ def attach(model: Module, adapter: Adapter) -> Module:
     new: dict[str, Module] = {}
     rng = make_rng(0)  # of dropout, so that no two layers drop the same
     shared: dict[int, Parameter] = {}
+    saved = by_module(adapter.saved)
     with warnings.catch_warnings(action="ignore"):  # of a rank that is not ours to choose
-        for path in dict.fromkeys([*adapter.layers, *by_module(adapter.saved)]):
-            new[path] = _wrapper(model, base.get(path), path, adapter, rng, shared)
+        for path in dict.fromkeys([*adapter.layers, *saved]):
+            new[path] = _wrapper(
+                model, base.get(path), path, adapter, saved.get(path, {}), rng, shared
+            )
     by_id = {id(base[path]): wrapper for path, wrapper in new.items() if path in base}
     new |= {path: by_id[id(m)] for path, m in base.items() if id(m) in by_id}  # at every place
     if wrappers(model):
@@ -253,14 +257,13 @@ def _misfits(model: Module, base: dict[str, Module], adapter: Adapter) -> list[s
 
 def _wrapper(
     model: Module, original: Module | None, path: str, adapter: Adapter,
-    rng: np.random.Generator, shared: dict[int, Parameter],
+    arrays: dict[str, np.ndarray], rng: np.random.Generator, shared: dict[int, Parameter],
 ) -> Module:
-    """Make what stands in the place of one module of the base.
+    """Make what stands in the place of one module of the base; `arrays` are stored whole.
 
     One array that several layers share, as q, k and v do in a fused adapter, becomes one
     Parameter in all of them: `shared` remembers it.
     """
-    arrays = by_module(adapter.saved).get(path, {})
     dtype = next(model.parameters()).data.dtype
     own = {name: Parameter(np.asarray(array, dtype)) for name, array in arrays.items()}
     module = original

@@ -572,7 +572,7 @@ def _check_complete(
                 or kind == "bias" and config["bias"] == "lora_only" and path in layers
             ):
                 missing.append(f"{theirs}.{kind}")
-    heads = {"lm_head", "score"} & set(config["modules_to_save"])
+    heads = set(HEADS) & set(config["modules_to_save"])
     if heads and not any(name.startswith("lm_head.") for name in saved):
         missing += [f"{head}.weight" for head in heads]
     if missing:

@@ -6,7 +6,8 @@ base's while it is active, so switching moves no numbers at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,19 +112,21 @@ class AdapterSet:
 
     def get(self, name: str) -> Adapter:
         """Return a copy of a task as an `Adapter`, to save, add up or compress."""
-        active = self.active
-        self.set_active(name)
-        try:
-            return get_adapter(self.model)
-        finally:
-            self.set_active(active)
+        with self._for_now(name) as model:
+            return get_adapter(model)
 
     def save(self, name: str, path: str | Path) -> None:
         """Write a task to a folder; see `save_adapter`."""
+        with self._for_now(name) as model:
+            save_adapter(model, path)
+
+    @contextlib.contextmanager
+    def _for_now(self, name: str) -> Iterator[Module]:
+        """Make a task the active one meanwhile."""
         active = self.active
         self.set_active(name)
         try:
-            save_adapter(self.model, path)
+            yield self.model
         finally:
             self.set_active(active)
 

@@ -154,24 +154,8 @@ def _run(path: Path, answer: Path) -> None:
         return
     write(exercise=number)
     scope: dict[str, Any] = {"__name__": "submission"}
-    raised = ""
-    for i, source in enumerate(cells):
-        # A notebook's magics and shell lines are not Python.
-        source = re.sub(r"(?m)^\s*[%!].*$", "", source)
-        name = f"<cell {i + 1}>" if len(cells) > 1 else path.name
-        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-        try:
-            statements = ast.parse(source, name).body
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raised = raised or describe_exception(error)
-            continue
-        for statement in statements:  # one by one: a failed check must not stop what follows
-            try:
-                exec(compile(ast.Module([statement], []), name, "exec"), scope)
-            except (CheckFailed, NotImplementedError):
-                pass
-            except (Exception, SystemExit) as error:
-                raised = raised or describe_exception(error)
+    raised = _execute(cells, path.name, scope)
+
     def own(name: str) -> bool:  # and not imported from somewhere
         return getattr(scope.get(name), "__module__", "submission") == "submission"
 
@@ -203,6 +187,29 @@ def _run(path: Path, answer: Path) -> None:
         row["checks"].append(result)
         write()
     write(finished=True, error="" if wanted else raised)
+
+
+def _execute(cells: list[str], file: str, scope: dict[str, Any]) -> str:
+    """Run the cells in `scope`, going on after errors; return the first that is no failed check."""
+    raised = ""
+    for i, source in enumerate(cells):
+        # A notebook's magics and shell lines are not Python.
+        source = re.sub(r"(?m)^\s*[%!].*$", "", source)
+        name = f"<cell {i + 1}>" if len(cells) > 1 else file
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        try:
+            statements = ast.parse(source, name).body
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raised = raised or describe_exception(error)
+            continue
+        for statement in statements:  # one by one: a failed check must not stop what follows
+            try:
+                exec(compile(ast.Module([statement], []), name, "exec"), scope)
+            except (CheckFailed, NotImplementedError):
+                pass
+            except (Exception, SystemExit) as error:
+                raised = raised or describe_exception(error)
+    return raised
 
 
 # ---- Reports
