@@ -3,7 +3,19 @@
 Read the files in this order: lora, then module, functional, layers, attention, gpt.
 """
 
-from minilora.adapters import (
+from minilora.data.corpus import CharTokenizer
+from minilora.files.adapter_set import AdapterSet
+from minilora.files.checkpoint import (
+    CheckpointError,
+    load_base,
+    load_checkpoint,
+    load_safetensors,
+    save_checkpoint,
+    save_safetensors,
+)
+from minilora.files.gpt2 import from_hf_gpt2, to_hf_gpt2
+from minilora.files.peft_read import load_adapter, load_peft, save_adapter, save_peft
+from minilora.lora.adapter import (
     Adapter,
     Factors,
     attach,
@@ -12,22 +24,8 @@ from minilora.adapters import (
     get_adapter,
     weighted_sum,
 )
-from minilora.attention import CausalSelfAttention
-from minilora.checkpoint import (
-    CheckpointError,
-    load_base,
-    load_checkpoint,
-    load_safetensors,
-    save_checkpoint,
-    save_safetensors,
-)
-from minilora.dora import DoRALinear
-from minilora.functional import cross_entropy
-from minilora.gpt import GPT, MLP, Block, GPTConfig, generate
-from minilora.gradcheck import gradcheck
-from minilora.interop import from_hf_gpt2, to_hf_gpt2
-from minilora.layers import GELU, Dropout, Embedding, LayerNorm, Linear
-from minilora.lora import (
+from minilora.lora.dora import DoRALinear
+from minilora.lora.wrap import (
     LinearWithLoRA,
     LoRALayer,
     ModuleToSave,
@@ -37,12 +35,14 @@ from minilora.lora import (
     replace_linear_with_lora,
     unmerge_lora,
 )
-from minilora.module import Module, ModuleList, Parameter, Sequential
-from minilora.optim import SGD, AdamW, clip_grad_norm, cosine_schedule
-from minilora.peft_files import load_adapter, load_peft, save_adapter, save_peft
-from minilora.tasks import AdapterSet
-from minilora.text import CharTokenizer
-from minilora.training import History, evaluate, fit
+from minilora.nn.attention import CausalSelfAttention
+from minilora.nn.functional import cross_entropy
+from minilora.nn.gpt import GPT, MLP, Block, GPTConfig, generate
+from minilora.nn.gradcheck import gradcheck
+from minilora.nn.layers import GELU, Dropout, Embedding, LayerNorm, Linear
+from minilora.nn.module import Module, ModuleList, Parameter, Sequential
+from minilora.train.loop import History, evaluate, fit
+from minilora.train.optim import SGD, AdamW, clip_grad_norm, cosine_schedule
 
 __version__ = "0.1.0"
 

@@ -11,26 +11,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minilora import bench, compare
-from minilora.accounting import PUBLISHED
-from minilora.checkpoint import (
+from minilora.data.corpus import CharTokenizer
+from minilora.files.checkpoint import (
     describe_checkpoint,
     load_base,
     load_checkpoint,
     save_checkpoint,
 )
-from minilora.gpt import GPT, sample_tokens
-from minilora.interop import from_hf_gpt2
-from minilora.lora import merge_lora
-from minilora.parallel import default_threads, keep_freed_memory, one_blas_thread
-from minilora.peft_files import CONFIG_FILE, WEIGHTS_FILE, describe_adapter, load_adapter
-from minilora.pretrain import RECIPES, pretrain
-from minilora.text import CharTokenizer
+from minilora.files.gpt2 import from_hf_gpt2
+from minilora.files.peft_read import CONFIG_FILE, WEIGHTS_FILE, describe_adapter, load_adapter
+from minilora.lab import bench, compare
+from minilora.lab.counting import PUBLISHED
+from minilora.lab.pretrain import RECIPES, pretrain
+from minilora.lora.wrap import merge_lora
+from minilora.nn.gpt import GPT, sample_tokens
+from minilora.train.parallel import default_threads, keep_freed_memory, one_blas_thread
 
 
 def compare_command(args: argparse.Namespace) -> None:
     """Run the comparison, print its table, and write figures beside its numbers."""
-    from minilora import plots  # matplotlib takes its time to import, so only where it is used
+    from minilora.lab import plots  # matplotlib takes its time to import, so only where it is used
 
     settings = compare.QUICK if args.quick else compare.Settings()
     given = {
@@ -132,7 +132,7 @@ def count_command(args: argparse.Namespace) -> None:
 
 def check_command(args: argparse.Namespace) -> int:
     """Grade a file or a folder of submissions; the status says whether all is right."""
-    from minilora.check import grade
+    from minilora.exercises import grade
 
     rows = grade.grade(args.path, args.seconds)
     print(json.dumps(rows, indent=2) if args.json else grade.report(rows))

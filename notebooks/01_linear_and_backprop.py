@@ -28,7 +28,7 @@
 import numpy as np
 
 import minilora as ml
-from minilora import plots
+from minilora.lab import plots
 
 rng = np.random.default_rng(0)
 

@@ -30,8 +30,8 @@
 import numpy as np
 
 import minilora as ml
-from minilora import compare, interact, plots
-from minilora.parallel import default_threads
+from minilora.lab import compare, interact, plots
+from minilora.train.parallel import default_threads
 
 THREADS = default_threads()
 rng = np.random.default_rng(0)

@@ -38,9 +38,9 @@
 import numpy as np
 
 import minilora as ml
-from minilora import plots
-from minilora.functional import softmax
-from minilora.text import load_tokens, sequential_batches
+from minilora.data.corpus import load_tokens, sequential_batches
+from minilora.lab import plots
+from minilora.nn.functional import softmax
 
 model = ml.load_base("base").eval()
 tokenizer = ml.CharTokenizer()

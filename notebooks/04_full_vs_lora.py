@@ -33,9 +33,9 @@ import tempfile
 import numpy as np
 
 import minilora as ml
-from minilora import bench, compare, interact, plots
-from minilora.accounting import linear_flops, training_flops
-from minilora.parallel import default_threads, one_blas_thread
+from minilora.lab import bench, compare, interact, plots
+from minilora.lab.counting import linear_flops, training_flops
+from minilora.train.parallel import default_threads, one_blas_thread
 
 THREADS, STEPS = default_threads(), 150
 base = ml.load_base("small")

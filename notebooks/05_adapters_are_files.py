@@ -34,9 +34,9 @@ from pathlib import Path
 import numpy as np
 
 import minilora as ml
-from minilora import compare, plots
-from minilora.parallel import default_threads
-from minilora.text import module_source, plain, random_batches, sequential_batches, split
+from minilora.data.corpus import module_source, plain, random_batches, sequential_batches, split
+from minilora.lab import compare, plots
+from minilora.train.parallel import default_threads
 
 THREADS, STEPS, LENGTH = default_threads(), 150, 64
 folder = Path(tempfile.mkdtemp())

@@ -28,8 +28,8 @@
 import numpy as np
 
 import minilora as ml
-from minilora import interact, plots
-from minilora.accounting import (
+from minilora.lab import interact, plots
+from minilora.lab.counting import (
     PUBLISHED,
     adapter_h_parameters,
     gpt_architecture,

@@ -34,11 +34,11 @@ from pathlib import Path
 import numpy as np
 
 import minilora as ml
-from minilora import plots
-from minilora.classify import LABELS, accuracy, predict, prose_or_code, shuffled_batches
-from minilora.functional import IGNORE_INDEX
-from minilora.parallel import default_threads
-from minilora.peft_files import WEIGHTS_FILE
+from minilora.files.peft_read import WEIGHTS_FILE
+from minilora.lab import plots
+from minilora.lab.classify import LABELS, accuracy, predict, prose_or_code, shuffled_batches
+from minilora.nn.functional import IGNORE_INDEX
+from minilora.train.parallel import default_threads
 
 THREADS, STEPS, LENGTH = default_threads(), 300, 64
 folder = Path(tempfile.mkdtemp())

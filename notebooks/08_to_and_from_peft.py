@@ -36,9 +36,9 @@ from pathlib import Path
 import numpy as np
 
 import minilora as ml
-from minilora import compare, plots
-from minilora.lora import lora_layers
-from minilora.parallel import default_threads
+from minilora.lab import compare, plots
+from minilora.lora.wrap import lora_layers
+from minilora.train.parallel import default_threads
 
 THREADS = default_threads()
 folder = Path(tempfile.mkdtemp())

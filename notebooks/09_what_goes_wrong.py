@@ -28,11 +28,11 @@
 import numpy as np
 
 import minilora as ml
-from minilora import compare, plots
-from minilora.classify import accuracy, prose_or_code, shuffled_batches
-from minilora.lora import lora_layers
-from minilora.parallel import default_threads
-from minilora.text import random_batches
+from minilora.data.corpus import random_batches
+from minilora.lab import compare, plots
+from minilora.lab.classify import accuracy, prose_or_code, shuffled_batches
+from minilora.lora.wrap import lora_layers
+from minilora.train.parallel import default_threads
 
 THREADS, STEPS, RATE = default_threads(), 80, compare.LORA_LEARNING_RATE
 data = compare.Data.for_context(64)

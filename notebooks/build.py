@@ -23,7 +23,7 @@ import jupytext
 import nbclient
 import nbformat
 
-from minilora.interact import STATIC
+from minilora.lab.interact import STATIC
 
 HERE = Path(__file__).parent
 SOURCES = sorted(HERE.glob("[0-9][0-9]_*.py"))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import minilora as ml
-from minilora.torch_peer import TorchGPT, add_peft_lora, copy_weights, is_linear_weight
+from minilora.lab.torch_peer import TorchGPT, add_peft_lora, copy_weights, is_linear_weight
 
 CONFIG = ml.GPTConfig(vocab_size=13, context_length=7, d_model=12, n_layers=2, n_heads=3)
 RANK, ALPHA, STEPS = 3, 6.0, 10

@@ -7,8 +7,7 @@ import pytest
 from conftest import tiny_config
 
 import minilora as ml
-from minilora import functional
-from minilora.accounting import (
+from minilora.lab.counting import (
     PUBLISHED,
     adapter_h_parameters,
     gpt_architecture,
@@ -18,6 +17,7 @@ from minilora.accounting import (
     training_flops,
     training_memory,
 )
+from minilora.nn import functional
 
 
 @pytest.mark.parametrize("tie_weights", [False, True])
@@ -111,7 +111,8 @@ def test_the_formula_counts_the_products_of_a_real_step(monkeypatch, tie_weights
     def of_weight_grad(x, dout):
         return x.size * dout.shape[-1]
 
-    from minilora import gpt, layers, lora
+    from minilora.lora import wrap as lora
+    from minilora.nn import gpt, layers
     monkeypatch.setattr(lora.LinearWithLoRA, "_folding_pays", lambda self, x: False)
     for module in (gpt, layers, lora):
         monkeypatch.setattr(module, "matmul", count(functional.matmul, of_matmul))

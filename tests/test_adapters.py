@@ -3,9 +3,9 @@ import pytest
 from conftest import randomise, tiny_config
 
 import minilora as ml
-from minilora.adapters import base_modules
-from minilora.checkpoint import CheckpointError
-from minilora.lora import lora_layers
+from minilora.files.checkpoint import CheckpointError
+from minilora.lora.adapter import base_modules
+from minilora.lora.wrap import lora_layers
 
 
 def base(**changes):

@@ -5,8 +5,9 @@ import pytest
 from wrong_answers import RIGHT, WRONG, answers
 
 from minilora import check
-from minilora.check.engine import CheckFailed, run
-from minilora.check.functions import TASKS
+from minilora.exercises import engine
+from minilora.exercises.engine import CheckFailed, run
+from minilora.exercises.functions import TASKS
 
 WRONG_ONES = [(name, *pair) for name, pairs in WRONG.items() for pair in pairs]
 RIGHT_ONES = [(name, *pair) for name, pairs in RIGHT.items() for pair in pairs]
@@ -53,13 +54,13 @@ def test_no_known_mistake_is_right_and_each_is_told_from_the_others(task):
                 return tuple(results) if len(results) > 1 else results[0]
 
             with pytest.raises(CheckFailed) as failure:
-                check.engine.check(task, answer)
+                engine.check(task, answer)
             assert f"{output} is wrong" in str(failure.value), mistake.says
 
 
 def test_the_reference_of_every_task_agrees_with_central_differences():
     for task in TASKS.values():
-        result = check.engine.check(task, task.reference)
+        result = engine.check(task, task.reference)
         assert result.passed
         if task.forward is not None:
             assert any(name.removeprefix("d") in task.cases[0] for name in task.outputs)
@@ -147,7 +148,7 @@ def test_a_check_leaves_everything_as_it_was():
     tracemalloc.start()
     with np.errstate(all="raise"):
         for task in TASKS.values():
-            check.engine.check(task, task.reference)
+            engine.check(task, task.reference)
         assert np.geterr()["under"] == "raise"
     assert tracemalloc.is_tracing()
     tracemalloc.stop()

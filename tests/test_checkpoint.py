@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny_config
 
 import minilora as ml
-from minilora.checkpoint import (
+from minilora.files.checkpoint import (
     CheckpointError,
     load_base,
     load_checkpoint,

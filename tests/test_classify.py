@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 
 import minilora as ml
-from minilora.classify import (
+from minilora.lab.classify import (
     accuracy,
     encode_labelled,
     predict,
     prose_or_code,
     shuffled_batches,
 )
-from minilora.functional import IGNORE_INDEX
+from minilora.nn.functional import IGNORE_INDEX
 
 
 def labels(data):

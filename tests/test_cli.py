@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import minilora as ml
-from minilora import bench, checkpoint, cli, pretrain
+from minilora import cli
 from minilora.cli import main
+from minilora.files import checkpoint
+from minilora.lab import bench, pretrain
 
 
 def test_compare_prints_the_table_and_writes_all(tmp_path, capsys):

@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from minilora import compare, plots
-from minilora.checkpoint import load_base
-from minilora.compare import Settings
-from minilora.peft_files import load_adapter
+from minilora.files.checkpoint import load_base
+from minilora.files.peft_read import load_adapter
+from minilora.lab import compare, plots
+from minilora.lab.compare import Settings
 
 TINY = Settings(base="small", ranks=(1, 2), steps=4, seeds=2)
 

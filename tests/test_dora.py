@@ -3,7 +3,7 @@ import pytest
 from conftest import randomise, tiny_config
 
 import minilora as ml
-from minilora.gradcheck import numerical_gradient
+from minilora.nn.gradcheck import numerical_gradient
 
 
 def dora(n_in=5, n_out=4, rank=2, dtype=np.float64, **options):

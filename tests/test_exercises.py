@@ -20,7 +20,7 @@ sys.path.insert(0, str(FOLDER))
 import build  # noqa: E402
 
 from minilora import check  # noqa: E402
-from minilora.check.grade import EXERCISES  # noqa: E402
+from minilora.exercises.grade import EXERCISES  # noqa: E402
 
 
 def sources(notebook):

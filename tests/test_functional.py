@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import functional as F
-from minilora.gradcheck import numerical_gradient
+from minilora.nn import functional as F
+from minilora.nn.gradcheck import numerical_gradient
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 

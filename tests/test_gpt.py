@@ -3,8 +3,8 @@ import pytest
 from conftest import randomise, tiny_config
 
 import minilora as ml
-from minilora.attention import CausalSelfAttention
-from minilora.gpt import sample_tokens
+from minilora.nn.attention import CausalSelfAttention
+from minilora.nn.gpt import sample_tokens
 
 
 @pytest.mark.parametrize("tie_weights", [False, True])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import minilora as ml
-from minilora.functional import weight_grad
+from minilora.nn.functional import weight_grad
 
 
 class Wrong(ml.Linear):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minilora.check.grade import EXERCISES, exercise_numbers, grade, report
 from minilora.cli import main
+from minilora.exercises.grade import EXERCISES, exercise_numbers, grade, report
 
 FOLDER = Path(__file__).parent.parent / "notebooks" / "exercises"
 GOOD = "def lora_backward(dout, x, A, B, s):\n" \
@@ -43,7 +43,7 @@ def test_a_file_counts_by_what_it_defines(tmp_path):
 
 def test_its_own_checks_are_not_believed(tmp_path):
     text = "from minilora import check\ncheck.lora_backward = lambda f: print('correct')\n" \
-           "from minilora.check import grade\ngrade.CHECKS.clear()\n" \
+           "from minilora.exercises import grade\ngrade.CHECKS.clear()\n" \
            "def lora_backward(dout, x, A, B, s): return 1, 2, 3\n"
     row = graded(tmp_path, "04.py", text)
     assert row["passed"] == 0 and row["total"] == 1
@@ -114,7 +114,7 @@ def test_a_number_that_does_not_fit_is_not_believed(tmp_path):
 
 
 def test_what_is_imported_does_not_count(tmp_path):
-    row = graded(tmp_path, "07.py", "from minilora.check.functions import layer_norm_backward")
+    row = graded(tmp_path, "07.py", "from minilora.exercises.functions import layer_norm_backward")
     assert row["passed"] == 0 and "is imported, and not" in row["checks"][0]["message"]
 
 

@@ -2,7 +2,7 @@ import importlib.util
 
 import pytest
 
-from minilora import interact
+from minilora.lab import interact
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 from conftest import randomise, tiny_config
 
 import minilora as ml
-from minilora.checkpoint import CheckpointError, load_safetensors, save_safetensors
-from minilora.interop import from_hf_gpt2, to_hf_gpt2
+from minilora.files.checkpoint import CheckpointError, load_safetensors, save_safetensors
+from minilora.files.gpt2 import from_hf_gpt2, to_hf_gpt2
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_weights": True}, {"bias": False}])

@@ -5,7 +5,7 @@ import pytest
 from conftest import randomise, tiny_config
 
 import minilora as ml
-from minilora.lora import lora_layers
+from minilora.lora.wrap import lora_layers
 
 
 def train_steps(model, ids, steps=3, lr=0.05):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import minilora as ml
-from minilora.functional import BLOCK
+from minilora.nn.functional import BLOCK
 
 
 def parameter(values, grad=None):

@@ -17,7 +17,7 @@ if MISSING:
 import peer_runs  # noqa: E402
 import torch  # noqa: E402
 
-from minilora.torch_peer import TorchGPT, add_peft_lora, copy_weights  # noqa: E402
+from minilora.lab.torch_peer import TorchGPT, add_peft_lora, copy_weights  # noqa: E402
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -5,8 +5,8 @@ import pytest
 from conftest import randomise, tiny_config
 
 import minilora as ml
-from minilora.checkpoint import CheckpointError, load_safetensors, save_safetensors
-from minilora.peft_files import describe_adapter, load_adapter, save_adapter, save_peft
+from minilora.files.checkpoint import CheckpointError, load_safetensors, save_safetensors
+from minilora.files.peft_read import describe_adapter, load_adapter, save_adapter, save_peft
 
 
 def task(seed=3, targets=None, **options):

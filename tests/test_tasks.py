@@ -4,7 +4,7 @@ from conftest import randomise, tiny_config
 from test_adapters import base, close, task, updates
 
 import minilora as ml
-from minilora.lora import wrappers
+from minilora.lora.wrap import wrappers
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import importlib
 import numpy as np
 import pytest
 
-from minilora import text
-from minilora.text import CharTokenizer
+from minilora.data import corpus as text
+from minilora.data.corpus import CharTokenizer
 
 
 def test_tokenizer_round_trip_and_fixed_vocabulary():

@@ -5,9 +5,9 @@ import pytest
 from conftest import tiny_config
 
 import minilora as ml
-from minilora import training
-from minilora.parallel import DataParallel, replicate
-from minilora.training import History, evaluate, fit
+from minilora.train import loop as training
+from minilora.train.loop import History, evaluate, fit
+from minilora.train.parallel import DataParallel, replicate
 
 
 def batches_of(ids, n=1000):

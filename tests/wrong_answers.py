@@ -989,7 +989,7 @@ def f(V, T, d, L): return (V + T + 2) * d + L * (12 * d**2 + 13 * d)
 ---
 built
 def f(V, T, d, L):
-    from minilora.accounting import gpt_architecture
+    from minilora.lab.counting import gpt_architecture
     return gpt_architecture(ml.GPTConfig(V, T, d, L, 1, tie_weights=True)).num_parameters
 """)
 

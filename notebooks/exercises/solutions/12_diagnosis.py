@@ -58,8 +58,9 @@ import tempfile
 import numpy as np
 
 import minilora as ml
-from minilora import check, compare
-from minilora.peft_files import read_adapter
+from minilora import check
+from minilora.lab import compare
+from minilora.files.peft_read import read_adapter
 
 # %% [markdown]
 # An adapter as an object: `adapter.layers` is a dict of names, and for each name there are `A` (n,

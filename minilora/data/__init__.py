@@ -1,0 +1,1 @@
+"""Text: characters, corpora from the standard library, batches."""

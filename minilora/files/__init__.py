@@ -1,0 +1,1 @@
+"""Files: safetensors, checkpoints, GPT-2 of transformers, adapters of PEFT."""

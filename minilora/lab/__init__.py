@@ -1,0 +1,1 @@
+"""Experiments: the comparison, pre-training, classification, counting, timing, figures."""

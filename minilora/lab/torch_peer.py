@@ -1,0 +1,97 @@
+"""The same GPT in PyTorch, for the peer tests and `minilora bench --peers`. Needs torch.
+
+Module names are those of `minilora.GPT`, so that a state dict only needs its linear weights
+transposed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from minilora.nn.gpt import GPTConfig
+from minilora.nn.module import Module
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_heads = config.n_heads
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, nn.Linear(config.d_model, config.d_model, config.bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            projection(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.d_model, 4 * config.d_model, config.bias)
+        self.down_proj = nn.Linear(4 * config.d_model, config.d_model, config.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        norm = dict(eps=config.layer_norm_eps, bias=config.bias)
+        self.ln_1, self.attn = nn.LayerNorm(config.d_model, **norm), Attention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.d_model, **norm), MLP(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class TorchGPT(nn.Module):
+    """`minilora.GPT` in PyTorch: ids (B, T) -> logits (B, T, V). No dropout."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.wpe = nn.Embedding(config.context_length, config.d_model)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
+        self.lm_head = None
+        if not config.tie_weights:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.h:
+            x = block(x)
+        x = self.ln_f(x)
+        return x @ self.wte.weight.T if self.lm_head is None else self.lm_head(x)
+
+
+def is_linear_weight(name: str) -> bool:
+    """Whether an array of this name is stored transposed in PyTorch."""
+    return name.endswith(("_proj.weight", "lm_head.weight", "linear.weight"))
+
+
+def copy_weights(source: Module, target: nn.Module) -> None:
+    """Load the weights of a plain minilora GPT into the PyTorch one."""
+    target.load_state_dict({
+        name: torch.from_numpy(np.array(array.T if is_linear_weight(name) else array, order="C"))
+        for name, array in source.state_dict().items()
+    })
+
+
+def add_peft_lora(model: nn.Module, rank: int, alpha: float) -> nn.Module:
+    """Put PEFT's LoRA on every linear layer."""
+    from peft import LoraConfig, get_peft_model
+
+    names = sorted({
+        name.rpartition(".")[2] for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    })
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))

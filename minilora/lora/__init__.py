@@ -1,0 +1,1 @@
+"""Low-rank adaptation: start with `layer`; then wrapping, and adapters apart from a model."""

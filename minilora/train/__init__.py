@@ -1,0 +1,1 @@
+"""Training: optimizers, the one training loop, and threads."""
