@@ -1,34 +1,29 @@
 """minilora: low-rank adaptation from scratch in NumPy, every gradient derived by hand.
 
-Read the files in this order: lora, then module, functional, layers, attention, gpt.
+Start with `minilora/lora/layer.py`. The package has seven rooms, each of them using only those
+before it: `nn` (the network), `lora` (the adaptation), `train` (training), `files` (file formats),
+`data` (text), `lab` (experiments), `exercises` (exercises and their checks).
 """
 
-from minilora.data.corpus import CharTokenizer
+from minilora.train.blas import blas_threads, one_thread_by_default, set_blas_threads
+
+with one_thread_by_default():
+    import numpy  # noqa: F401
+
+from minilora.data.generate import generate
+from minilora.data.tokenizer import CharTokenizer
 from minilora.files.adapter_set import AdapterSet
-from minilora.files.checkpoint import (
-    CheckpointError,
-    load_base,
-    load_checkpoint,
-    load_safetensors,
-    save_checkpoint,
-    save_safetensors,
-)
+from minilora.files.checkpoint import load_base, load_checkpoint, save_checkpoint
 from minilora.files.gpt2 import from_hf_gpt2, to_hf_gpt2
-from minilora.files.peft_read import load_adapter, load_peft, save_adapter, save_peft
-from minilora.lora.adapter import (
-    Adapter,
-    Factors,
-    attach,
-    compress,
-    extract_lora,
-    get_adapter,
-    weighted_sum,
-)
+from minilora.files.peft_read import load_adapter
+from minilora.files.peft_write import save_adapter, save_peft
+from minilora.files.safetensors import load_safetensors, save_safetensors
+from minilora.lora.adapter import Adapter, Factors, attach, get_adapter
+from minilora.lora.combine import compress, extract_lora, weighted_sum
 from minilora.lora.dora import DoRALinear
+from minilora.lora.layer import LinearWithLoRA, LoRALayer
+from minilora.lora.saved import ModuleToSave
 from minilora.lora.wrap import (
-    LinearWithLoRA,
-    LoRALayer,
-    ModuleToSave,
     lora_state_dict,
     merge_lora,
     remove_lora,
@@ -37,23 +32,33 @@ from minilora.lora.wrap import (
 )
 from minilora.nn.attention import CausalSelfAttention
 from minilora.nn.functional import cross_entropy
-from minilora.nn.gpt import GPT, MLP, Block, GPTConfig, generate
+from minilora.nn.gpt import GPT, MLP, Block, GPTConfig
 from minilora.nn.gradcheck import gradcheck
-from minilora.nn.layers import GELU, Dropout, Embedding, LayerNorm, Linear
+from minilora.nn.layers import (
+    GELU,
+    Dropout,
+    Embedding,
+    LayerNorm,
+    Linear,
+    TiedHead,
+)
 from minilora.nn.module import Module, ModuleList, Parameter, Sequential
-from minilora.train.loop import History, evaluate, fit
-from minilora.train.optim import SGD, AdamW, clip_grad_norm, cosine_schedule
+from minilora.nn.validate import CheckpointError
+from minilora.train.history import History
+from minilora.train.loop import evaluate, fit
+from minilora.train.optim import SGD, AdamW
+from minilora.train.schedule import clip_grad_norm, cosine_schedule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GELU", "GPT", "MLP", "SGD", "AdamW", "Adapter", "AdapterSet", "Block", "CausalSelfAttention",
     "CharTokenizer", "CheckpointError", "DoRALinear", "Dropout", "Embedding", "Factors",
     "GPTConfig", "History", "LayerNorm", "Linear", "LinearWithLoRA", "LoRALayer", "Module",
-    "ModuleList", "ModuleToSave", "Parameter", "Sequential", "attach", "clip_grad_norm",
-    "compress", "cosine_schedule", "cross_entropy", "evaluate", "extract_lora", "fit",
-    "from_hf_gpt2", "generate", "get_adapter", "gradcheck", "load_adapter", "load_base",
-    "load_checkpoint", "load_peft", "load_safetensors", "lora_state_dict", "merge_lora",
-    "remove_lora", "replace_linear_with_lora", "save_adapter", "save_checkpoint", "save_peft",
-    "save_safetensors", "to_hf_gpt2", "unmerge_lora", "weighted_sum",
+    "ModuleList", "ModuleToSave", "Parameter", "Sequential", "TiedHead", "attach", "blas_threads",
+    "clip_grad_norm", "compress", "cosine_schedule", "cross_entropy", "evaluate", "extract_lora",
+    "fit", "from_hf_gpt2", "generate", "get_adapter", "gradcheck", "load_adapter", "load_base",
+    "load_checkpoint", "load_safetensors", "lora_state_dict", "merge_lora", "remove_lora",
+    "replace_linear_with_lora", "save_adapter", "save_checkpoint", "save_peft",
+    "save_safetensors", "set_blas_threads", "to_hf_gpt2", "unmerge_lora", "weighted_sum",
 ]

@@ -38,7 +38,8 @@
 import numpy as np
 
 import minilora as ml
-from minilora.data.corpus import load_tokens, sequential_batches
+from minilora.data.batches import sequential_batches
+from minilora.data.corpus import load_tokens
 from minilora.lab import plots
 from minilora.nn.functional import softmax
 

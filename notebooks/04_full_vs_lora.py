@@ -35,13 +35,12 @@ import numpy as np
 import minilora as ml
 from minilora.lab import bench, compare, interact, plots
 from minilora.lab.counting import linear_flops, training_flops
-from minilora.train.parallel import default_threads, one_blas_thread
 
-THREADS, STEPS = default_threads(), 150
+STEPS = 150
 base = ml.load_base("small")
 data = compare.Data.for_context(base.config.context_length)
-code_before = ml.evaluate(base, data.code_held_out, THREADS)
-docs_before = ml.evaluate(base, data.docs_held_out, THREADS)
+code_before = ml.evaluate(base, data.code_held_out)
+docs_before = ml.evaluate(base, data.docs_held_out)
 print(f"{base.num_parameters():,} parameters; nats per character on held-out text: "
       f"docs {docs_before:.3f}, code {code_before:.3f}")
 
@@ -80,7 +79,7 @@ def run(rank, learning_rate, alpha=None, targets=None, seed=0):
     settings = compare.Settings(base="small", alpha=alpha, target_modules=targets)
     model, _ = compare.prepare(settings, rank, seed)
     try:
-        history = compare.fine_tune(model, data, learning_rate, STEPS, seed, THREADS,
+        history = compare.fine_tune(model, data, learning_rate, STEPS, seed,
                                     validate_every=STEPS)
     except FloatingPointError as error:
         print(error)
@@ -205,7 +204,7 @@ plots.bars(placed, "share of full fine-tuning's gain", form="{:.0%}", baseline=1
 # $A$ and $B$ only. And a task on disk is $A$ and $B$.
 
 # %%
-settings = compare.Settings(base="small", steps=STEPS, threads=THREADS)
+settings = compare.Settings(base="small", steps=STEPS)
 with tempfile.TemporaryDirectory() as folder:
     comparison = compare.compare(settings, folder, progress=False)
 print(compare.table(comparison))
@@ -241,10 +240,10 @@ for name, model in (("full", ml.load_base("small")),
     print(f"{name:9} keeps {kept_bytes(model, batch) / 1e6:.1f} MB for backward")
 
 # %% [markdown]
-# The same for both, and at this size several times all the bars above. Every layer's input is
-# still needed, now for the gradients of $A$ and $B$. (In the library also the sum $W + s\,AB$, as
-# long as a step runs; `lora.py` says why.) So the memory of the *process* hardly falls here. The
-# claim is about gradients and moments, and these grow with the model, not with the batch.
+# Nearly the same for both, and at this size several times all the bars above. Every layer's input
+# is still needed, now for the gradients of $A$ and $B$. (LoRA also keeps $xA$, which is thin.) So
+# the memory of the *process* hardly falls here. The claim is about gradients and moments, and these
+# grow with the model, not with the batch.
 #
 # ## Is it faster?
 #
@@ -274,32 +273,29 @@ plots.lines(ratio, "width d (log scale)", "FLOPs with LoRA / FLOPs without", xsc
 # their own, adapted as well.)
 
 # %%
-with one_blas_thread():
-    for size in ("XS", "S", "M"):
-        config, batch = bench.config_and_batch(size)
-        full_ms, lora_ms = bench.median_ms(
-            [bench.minilora_step(size, lora=False), bench.minilora_step(size, lora=True)], 4.0
-        )
-        flops = training_flops(config, batch, 8) / training_flops(config, batch)
-        print(f"{size:2} (d = {config.d_model:3}): LoRA r=8 takes {lora_ms / full_ms:.2f} of full "
-              f"fine-tuning's time, and {flops:.2f} of its FLOPs")
+for size in ("XS", "S", "M"):
+    config, batch = bench.config_and_batch(size)
+    full_ms, lora_ms = bench.median_ms(
+        [bench.minilora_step(size, lora=False), bench.minilora_step(size, lora=True)], 4.0
+    )
+    flops = training_flops(config, batch, 8) / training_flops(config, batch)
+    print(f"{size:2} (d = {config.d_model:3}): LoRA r=8 takes {lora_ms / full_ms:.2f} of full "
+          f"fine-tuning's time, and {flops:.2f} of its FLOPs")
 
 # %% [markdown]
 # A little faster at best, and never by the factor by which the parameters shrink: every activation
 # is still computed, forward and back, and only the gradient of $W$ and its update fall away. The
-# clock need not follow the formula: part of the time goes into other things than products, and the
-# library saves some of the thin ones by forming $W + s\,AB$ first, which pays for batches as large
-# as these. Nobody should choose LoRA for speed at this size; even for the largest models the floor
-# is two thirds.
+# clock need not follow the formula: part of the time goes into other things than products. Nobody
+# should choose LoRA for speed at this size; even for the largest models the floor is two thirds.
 #
 # ## Forgetting, and the way back
 #
 # What has happened to the documentation that the base could read?
 
 # %%
-rows = {"base": docs_before, "full": ml.evaluate(full_model, data.docs_held_out, THREADS)}
+rows = {"base": docs_before, "full": ml.evaluate(full_model, data.docs_held_out)}
 for rank in (2, 8, 32):
-    rows[f"LoRA r={rank}"] = ml.evaluate(adapted[rank], data.docs_held_out, THREADS)
+    rows[f"LoRA r={rank}"] = ml.evaluate(adapted[rank], data.docs_held_out)
 for name, loss in rows.items():
     print(f"{name:10} loss on held-out docs {loss:.3f}  ({loss - docs_before:+.3f})")
 assert all(loss > docs_before for name, loss in rows.items() if name != "base")
@@ -320,9 +316,9 @@ def path(rank, learning_rate):
     points = [(code_before, docs_before)]
     for steps in LENGTHS:
         model, _ = compare.prepare(compare.Settings(base="small"), rank, 0)
-        history = compare.fine_tune(model, data, learning_rate, steps, 0, THREADS,
+        history = compare.fine_tune(model, data, learning_rate, steps, 0,
                                     validate_every=steps)
-        docs = ml.evaluate(model, data.docs_held_out, THREADS)
+        docs = ml.evaluate(model, data.docs_held_out)
         points.append((history.validation_losses[-1], docs))
     return tuple(zip(*points, strict=True))
 
@@ -353,7 +349,7 @@ figure
 
 # %%
 restored = ml.remove_lora(adapted[32])
-docs_restored = ml.evaluate(restored, data.docs_held_out, THREADS)
+docs_restored = ml.evaluate(restored, data.docs_held_out)
 original = base.state_dict()
 identical = all(np.array_equal(a, original[name]) for name, a in restored.state_dict().items())
 print(f"docs: base {docs_before!r}\n  removed  {docs_restored!r}")

@@ -34,11 +34,12 @@ from pathlib import Path
 import numpy as np
 
 import minilora as ml
-from minilora.data.corpus import module_source, plain, random_batches, sequential_batches, split
+from minilora.data.batches import random_batches, sequential_batches
+from minilora.data.corpus import module_source, split
+from minilora.data.tokenizer import plain
 from minilora.lab import compare, plots
-from minilora.train.parallel import default_threads
 
-THREADS, STEPS, LENGTH = default_threads(), 150, 64
+STEPS, LENGTH = 150, 64
 folder = Path(tempfile.mkdtemp())
 tokenizer = ml.CharTokenizer()
 
@@ -63,13 +64,13 @@ def train(model, task, learning_rate, steps=STEPS):
     optimizer = ml.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate)
     return ml.fit(
         model, random_batches(training[task], 16, LENGTH, rng=0), optimizer, steps,
-        schedule=ml.cosine_schedule(learning_rate, steps, 20), clip_norm=1.0, threads=THREADS,
+        schedule=ml.cosine_schedule(learning_rate, steps, 20), clip_norm=1.0,
         progress=False,
     )
 
 
 def losses(model):
-    return {name: ml.evaluate(model, batches, THREADS) for name, batches in held_out.items()}
+    return {name: ml.evaluate(model, batches) for name, batches in held_out.items()}
 
 
 # %% [markdown]
@@ -173,7 +174,7 @@ plots.bars({"base and 3 adapters": one_base + three_lora, "3 whole models": thre
 # %%
 for name in ("mock", "tar", "decimal", None):
     tasks.set_active(name)
-    print(f"{name!s:8}", f"{ml.evaluate(tasks.model, held_out['tar'], THREADS):.4f}")
+    print(f"{name!s:8}", f"{ml.evaluate(tasks.model, held_out['tar']):.4f}")
 assert all(np.array_equal(a, base_state[n]) for n, a in tasks.model.state_dict().items())
 
 # %% [markdown]
@@ -211,10 +212,9 @@ print(f"float32, merged against apart: {np.abs(merged - apart).max():.1e} "
 assert np.allclose(merged, apart, atol=1e-4)
 
 # %% [markdown]
-# (Given many rows at once, our `LinearWithLoRA` forms $W + s\,AB$ for the step by itself, since
-# that is faster; then there is no difference at all.) `merge` keeps the old weight and `unmerge`
-# puts it back. To subtract the update again would be enough in exact arithmetic, but not in
-# floating point, and the error stays in the base for good:
+# `merge` keeps $W'$ beside $W$, and `unmerge` forgets it. Adding the update to $W$ itself and
+# subtracting it again would be enough in exact arithmetic, but not in floating point, and the error
+# would stay in the base for good:
 
 # %%
 layer = tasks.model.h[0].attn.q_proj
@@ -324,7 +324,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for r in (1, 2, 4, 8, 16, 32, 64):
         adapter, _ = ml.extract_lora(base, full["tar"], r)
-        curve[r] = ml.evaluate(ml.attach(base, adapter), held_out["tar"], THREADS)
+        curve[r] = ml.evaluate(ml.attach(base, adapter), held_out["tar"])
         ml.remove_lora(base)
 print(caught[0].message)
 ranks = list(curve)

@@ -34,13 +34,12 @@ from pathlib import Path
 import numpy as np
 
 import minilora as ml
-from minilora.files.peft_read import WEIGHTS_FILE
+from minilora.files.peft_config import WEIGHTS_FILE
 from minilora.lab import plots
 from minilora.lab.classify import LABELS, accuracy, predict, prose_or_code, shuffled_batches
 from minilora.nn.functional import IGNORE_INDEX
-from minilora.train.parallel import default_threads
 
-THREADS, STEPS, LENGTH = default_threads(), 300, 64
+STEPS, LENGTH = 300, 64
 folder = Path(tempfile.mkdtemp())
 
 # %% [markdown]
@@ -126,7 +125,7 @@ def train(model, learning_rate):
     batches = shuffled_batches(training, 32, rng=0)
     for begin in range(0, STEPS, 50):
         ml.fit(model, batches, optimizer, 50, schedule=lambda step, k=begin: schedule(k + step),
-               clip_norm=1.0, threads=THREADS, progress=False)
+               clip_norm=1.0, progress=False)
         curve[begin + 50] = accuracy(model, held_out)
     return curve
 

@@ -37,10 +37,8 @@ import numpy as np
 
 import minilora as ml
 from minilora.lab import compare, plots
-from minilora.lora.wrap import lora_layers
-from minilora.train.parallel import default_threads
+from minilora.lora.surgery import lora_layers
 
-THREADS = default_threads()
 folder = Path(tempfile.mkdtemp())
 PEERS = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft"))
 ids = ml.CharTokenizer().encode("def add(a, b):\n    return a + b\n")[None]
@@ -78,7 +76,7 @@ print("read back, the same logits:", np.array_equal(again(ids), base(ids)))
 # %%
 data = compare.Data.for_context(64)
 model = ml.replace_linear_with_lora(base, 4, 8, ["q_proj", "v_proj"], rng=0)
-history = compare.fine_tune(model, data, compare.LORA_LEARNING_RATE, 100, threads=THREADS)
+history = compare.fine_tune(model, data, compare.LORA_LEARNING_RATE, 100)
 print(f"loss on held-out code: {history.validation_losses[0]:.3f} -> "
       f"{history.validation_losses[-1]:.3f}")
 ml.save_peft(model, folder / "adapter")
@@ -198,7 +196,7 @@ for name, options in (("LoRA r=2", {}), ("DoRA r=2", {"use_dora": True}),
     for _, layer in lora_layers(model):
         if name.endswith("full gradient"):
             layer.detach_norm = False
-    history = compare.fine_tune(model, data, compare.LORA_LEARNING_RATE, 150, threads=THREADS)
+    history = compare.fine_tune(model, data, compare.LORA_LEARNING_RATE, 150)
     curves[name] = history.validation_steps, history.validation_losses
     counts[name] = model.num_parameters(trainable_only=True)
     print(f"{name:24} {counts[name]:6,} trained, loss {history.validation_losses[-1]:.3f}, "

@@ -28,15 +28,14 @@
 import numpy as np
 
 import minilora as ml
-from minilora.data.corpus import random_batches
+from minilora.data.batches import random_batches
 from minilora.lab import compare, plots
 from minilora.lab.classify import accuracy, prose_or_code, shuffled_batches
-from minilora.lora.wrap import lora_layers
-from minilora.train.parallel import default_threads
+from minilora.lora.surgery import lora_layers
 
-THREADS, STEPS, RATE = default_threads(), 80, compare.LORA_LEARNING_RATE
+STEPS, RATE = 80, compare.LORA_LEARNING_RATE
 data = compare.Data.for_context(64)
-before = ml.evaluate(ml.load_base("small"), data.code_held_out, THREADS)
+before = ml.evaluate(ml.load_base("small"), data.code_held_out)
 
 
 def lora(rank=8, alpha=16, **options):
@@ -49,13 +48,13 @@ def train(model, learning_rate=RATE, parameters=None, weight_decay=0.0, clip_nor
     history = ml.fit(
         model, random_batches(data.code, 16, 64, rng=0), optimizer, STEPS,
         schedule=ml.cosine_schedule(learning_rate, STEPS, 5), clip_norm=clip_norm,
-        threads=THREADS, progress=False,
+        progress=False,
     )
     return history.steps, plots.smooth(history.losses, 9)
 
 
 def held_out(model):
-    return ml.evaluate(model, data.code_held_out, THREADS)
+    return ml.evaluate(model, data.code_held_out)
 
 
 def curves(named):
@@ -332,7 +331,7 @@ model = ml.load_base("small")
 model.lm_head = ml.Linear(64, 2, rng=0)
 ml.replace_linear_with_lora(model, 8, 16, modules_to_save="lm_head", rng=0)
 optimizer = ml.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
-ml.fit(model, shuffled_batches(training, 32), optimizer, 120, threads=THREADS, progress=False)
+ml.fit(model, shuffled_batches(training, 32), optimizer, 120, progress=False)
 whole = ml.get_adapter(model)
 fresh, lost = ml.load_base("small"), ml.load_base("small")
 lost.lm_head = ml.Linear(64, 2, rng=1)

@@ -4,6 +4,13 @@ import pytest
 import minilora as ml
 
 
+def pytest_collection_finish(session):
+    """Start the notebooks before the first test: they take longest, and most use one core."""
+    wanted = [item for item in session.items if item.name.startswith("test_the_notebook_runs")]
+    if wanted and not session.config.option.collectonly:
+        wanted[0].module.start_all()
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -1,6 +1,8 @@
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import minilora as ml
 from minilora import cli
 from minilora.cli import main
 from minilora.files import checkpoint
-from minilora.lab import bench, pretrain
+from minilora.lab import bench, compare, plots, pretrain
 
 
 def test_compare_prints_the_table_and_writes_all(tmp_path, capsys):
@@ -27,6 +29,44 @@ def test_compare_prints_the_table_and_writes_all(tmp_path, capsys):
     out = ["--adapter", str(tmp_path / "adapters" / "r2-seed0"), "--base", "small"]
     assert main(["generate", "--prompt", "def ", "--tokens", "20", *out]) == 0
     assert capsys.readouterr().out.startswith("def ")
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not a clone, or no git"
+)
+@pytest.mark.parametrize("options", [[], ["--quick"], ["--out", "figures"]])
+def test_git_ignores_what_compare_writes(options):
+    """By default everything; in figures/, which the README shows, all but figures and numbers."""
+    out = Path(cli.build_parser().parse_args(["compare", *options]).out)
+    assert out == (Path("figures") if "--out" in options else Path("runs/compare"))
+    written = [out / name for name in (*plots.COMPARISON, "compare.json")]
+    adapters = [out / "adapters" / "r8-seed0" / "adapter_config.json"]
+    ignored = adapters if "--out" in options else written + adapters
+    paths = [path.as_posix() for path in written + adapters]
+    run = subprocess.run(["git", "check-ignore", "--no-index", *paths],
+                         cwd=ROOT, capture_output=True, text=True)
+    if run.returncode == 128:
+        pytest.skip(run.stderr)
+    assert run.stdout.split() == [path.as_posix() for path in ignored], run.stderr
+
+
+def test_compare_writes_below_the_working_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["compare", "--quick", "--steps", "2", "--ranks", "1", "--no-progress"]
+    assert main([*arguments, "--target-modules", "q_proj"]) == 0
+    assert "Written to runs/compare: loss_curves.png, " in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+    assert (tmp_path / "runs" / "compare" / "adapters" / "r1-seed0").is_dir()
+
+
+@pytest.mark.parametrize("command", ["compare", "pretrain"])
+def test_threads_are_none_unless_given(command):
+    parser = cli.build_parser()
+    assert parser.parse_args([command]).threads is None is compare.Settings().threads
+    assert parser.parse_args([command, "--threads", "3"]).threads == 3
 
 
 @pytest.mark.parametrize(
@@ -62,6 +102,7 @@ def test_bad_input_is_one_sentence_and_exit_2(capsys, arguments, words):
         (["compare", "--ranks", "0"], "'0' is not a whole number of 1 or more"),
         (["compare", "--ranks", "2,x"], "'x' is not a whole number"),
         (["compare", "--ranks", ""], "'' is not a whole number"),
+        (["compare", "--threads", "0"], "'0' is not a whole number of 1 or more"),
         (["compare", "--steps", "-3"], "'-3' is not a whole number of 2 or more"),
         (["compare", "--lr", "nan"], "'nan' is not a number above 0"),
         (["compare", "--alpha", "0"], "'0' is not a number above 0"),
@@ -166,9 +207,10 @@ def test_python_m_minilora():
     assert run.returncode == 0 and "compare" in run.stdout
 
 
-def test_importing_minilora_is_light():
+@pytest.mark.parametrize("module", ["minilora", "minilora.cli", "minilora.lab.plots"])
+def test_importing_minilora_is_light(module):
     code = (
-        "import sys, minilora\n"
+        f"import sys, {module}\n"
         "print([name for name in ('matplotlib', 'tqdm', 'torch') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

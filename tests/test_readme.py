@@ -2,12 +2,14 @@
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
 
 import minilora as ml
 from minilora.lab import compare
+from minilora.lora import layer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,3 +71,14 @@ def test_files_it_points_to_exist():
         assert "://" in target or (ROOT / target).exists(), target
     for name in re.findall(r"`(\w+\.py)`", README):
         assert any((ROOT / "minilora").rglob(name)), name
+
+
+def test_the_layer_in_the_readme_is_the_one_that_the_heart_opens_with():
+    code = re.search(r"```python\nimport numpy as np\n\n(class LoRA.*?)```", README, re.S).group(1)
+    assert textwrap.indent(code.rstrip(), "    ") in layer.__doc__
+
+
+def test_figures_holds_what_the_readme_shows():
+    shown = set(re.findall(r"\]\(figures/([^)]+)\)", README)) | {"compare.json"}
+    tracked = {p.name for p in (ROOT / "figures").iterdir() if p.is_file()}
+    assert tracked == shown

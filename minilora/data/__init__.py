@@ -1,1 +1,1 @@
-"""Text: characters, corpora from the standard library, batches."""
+"""Text in and out: characters, corpora from the standard library, batches, generation."""

@@ -1,1 +1,1 @@
-"""The exercises: what checks an answer, what grades a file, and one module for each."""
+"""The exercises, one module each; the code that checks an answer; the grader."""

@@ -1,9 +1,9 @@
 """Grade submitted files: `minilora check FILE` or a folder of them.
 
-Each file runs in a process of its own with a time limit, so that an endless loop or a crash
-costs one row and not the run. What counts are the functions that the file defines: the checks
-are called from here, whatever the file's own check cells say. (It is no sandbox: run strangers'
-code where it can do no harm.)
+Each file runs in its own process with a time limit, so that an endless loop or a crash
+affects only its own row. Only the functions that the file defines count: the checks are called
+from here, and the check cells of the file are ignored. This is not a sandbox: run untrusted
+code only where it can do no harm.
 """
 
 from __future__ import annotations
@@ -22,36 +22,57 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minilora import check
-from minilora.exercises.engine import CheckFailed, describe_exception
+from minilora.exercises import (
+    e01_linear,
+    e02_cross_entropy,
+    e03_lora_forward,
+    e04_lora_backward,
+    e05_replace_linear,
+    e06_adamw,
+    e07_layer_norm,
+    e08_attention,
+    e09_merging,
+    e10_counting,
+    e11_training,
+    e12_diagnosis,
+)
+from minilora.exercises.outcome import CheckFailed, describe_exception
 
-# Exercise number: {check: the name that the file has to define}
-EXERCISES = {
-    1: {"linear_forward": "linear_forward", "linear_backward": "linear_backward"},
-    2: {"cross_entropy": "cross_entropy"},
-    3: {"lora_forward": "LoRALayer"},
-    4: {"lora_backward": "lora_backward"},
-    5: {"replace_linear": "replace_linear"},
-    6: {"adamw": "adamw_step"},
-    7: {"layer_norm_backward": "layer_norm_backward"},
-    8: {"attention_backward": "attention_backward"},
-    9: {"merge": "MergeableLinear"},
-    10: {"lora_parameters": "lora_parameters", "gpt_parameters": "gpt_parameters",
-         "find_errors": "find_errors"},
-    11: {"train": "settings"},
-    12: {"diagnosis": "diagnose"},
-}
-CHECKS = {name: getattr(check, name) for checks in EXERCISES.values() for name in checks}
-MOST = 2_000_000  # bytes of a file
-MEMORY = 8 << 30  # bytes that its process may ask for
+MODULES = (
+    e01_linear, e02_cross_entropy, e03_lora_forward, e04_lora_backward, e05_replace_linear,
+    e06_adamw, e07_layer_norm, e08_attention, e09_merging, e10_counting, e11_training,
+    e12_diagnosis,
+)
+# {number of the exercise: {name of the check: the name that a submission must define}}
+EXERCISES: dict[int, dict[str, str]] = {module.NUMBER: module.DEFINED for module in MODULES}
+CHECKS = {name: getattr(module, name) for module in MODULES for name in module.DEFINED}
+MAX_FILE_SIZE = 2_000_000  # bytes
+MAX_MEMORY = 8 << 30  # bytes, for the process of one file
 
 
 def grade(path: str | Path, seconds: float = 30.0) -> list[dict[str, Any]]:
-    """Grade a file, or every .py and .ipynb below a folder; return one row for each.
+    """Grade a file, or every .py and .ipynb file below a folder.
 
-    A row has "file", "exercise" (a number or None), "checks" (a list of "check", "passed",
-    "message"), "passed", "total", and "error" ("" or what kept the file from being graded).
-    Raises FileNotFoundError, and ValueError for a folder without such files or another file.
+    Parameters
+    ----------
+    path
+        The file or folder.
+    seconds
+        Time limit for one file.
+
+    Returns
+    -------
+    list of dict
+        A row for each file: "file", "exercise" (a number or None), "checks" (a list of rows
+        with "check", "passed" and "message"), "passed", "total", and "error" ("" or the reason
+        why the file could not be graded).
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file or folder.
+    ValueError
+        If the file is neither .py nor .ipynb, or the folder contains no such file.
     """
     path = Path(path)
     if not path.exists():
@@ -68,7 +89,7 @@ def grade(path: str | Path, seconds: float = 30.0) -> list[dict[str, Any]]:
 
 
 def _grade_file(path: Path, seconds: float) -> dict[str, Any]:
-    """Run one file in another process and return its row."""
+    """Run one file in its own process and return its row."""
     row: dict[str, Any] = {"file": str(path), "exercise": None, "checks": [], "passed": 0,
                            "total": 0, "error": ""}
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +107,7 @@ def _grade_file(path: Path, seconds: float) -> dict[str, Any]:
             row["error"] = f"stopped after {seconds:g} seconds: an endless loop?"
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
+                os.killpg(process.pid, signal.SIGKILL)  # and all processes that it started
             process.wait()
         if answer.exists():
             late = row["error"]
@@ -99,10 +120,11 @@ def _grade_file(path: Path, seconds: float) -> dict[str, Any]:
 
 
 def _fill(row: dict[str, Any], path: Path) -> None:
-    """Add a failed row for every check that the exercise has and the process did not reach."""
-    row["exercise"] = row["exercise"] or next(iter(exercise_numbers(path.stem)), None)
+    """Complete a row: add a failed check for each one not reached, and the sums."""
+    number = row["exercise"] or next(iter(exercise_numbers(path.stem)), None)
+    row["exercise"] = number
     done = {item["check"] for item in row["checks"]}
-    for name in row.get("wanted") or EXERCISES.get(row["exercise"], {}):
+    for name in row.get("wanted") or EXERCISES.get(number or 0, {}):
         if name not in done:
             row["checks"].append({"check": name, "passed": False, "message": row["error"]})
     row["total"] = len(row["checks"])
@@ -112,18 +134,36 @@ def _fill(row: dict[str, Any], path: Path) -> None:
 
 
 def exercise_numbers(name: str) -> list[int]:
-    """Return the numbers in a name that an exercise has: [4] of "smith_04_lora_backward"."""
+    """Return the numbers of exercises in a name: [4] for "smith_04_lora_backward"."""
     digits = map(int, re.findall(r"(?<!\d)(\d{1,2})(?!\d)", name))
     return [number for number in digits if number in EXERCISES]
 
 
-# ---- In the other process
+# ---- In the process of the file
 
 
 def read_cells(path: Path) -> tuple[list[str], int | None]:
-    """Return the pieces of code of a file, and the exercise that a notebook's metadata names."""
-    if path.stat().st_size > MOST:
-        raise ValueError(f"the file has more than {MOST:,} bytes")
+    """Read the code of a submission.
+
+    Parameters
+    ----------
+    path
+        A .py or .ipynb file.
+
+    Returns
+    -------
+    list of str
+        The code cells, without those that check an answer.
+    int or None
+        The number of the exercise, if a notebook's metadata give it.
+
+    Raises
+    ------
+    ValueError
+        If the file is too large, not text, or not a notebook.
+    """
+    if path.stat().st_size > MAX_FILE_SIZE:
+        raise ValueError(f"the file has more than {MAX_FILE_SIZE:,} bytes")
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return re.split(r"(?m)^# %%.*$", text) if "# %%" in text else [text], None
@@ -133,14 +173,14 @@ def read_cells(path: Path) -> tuple[list[str], int | None]:
         marks = [cell.get("metadata", {}).get("nbgrader", {}) for cell in cells]
         ids = [n for mark in marks for n in exercise_numbers(str(mark.get("grade_id", "")))[:1]]
         sources = ["".join(cell["source"]) for cell, mark in zip(cells, marks, strict=True)
-                   if not mark.get("grade")]  # their own checks would only take time
+                   if not mark.get("grade")]  # the checks in the file are ignored
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError("the file is no notebook") from None
+        raise ValueError("the file is not a notebook") from None
     return sources, next(iter(ids), None)
 
 
 def _run(path: Path, answer: Path) -> None:
-    """Run the file's cells, then the checks; write what came of it after each step."""
+    """Run the cells of a file, then the checks; write the row after each step."""
     row: dict[str, Any] = {"exercise": None, "checks": [], "error": ""}
 
     def write(**changes: Any) -> None:
@@ -155,42 +195,52 @@ def _run(path: Path, answer: Path) -> None:
     write(exercise=number)
     scope: dict[str, Any] = {"__name__": "submission"}
     raised = _execute(cells, path.name, scope)
-
-    def own(name: str) -> bool:  # and not imported from somewhere
-        return getattr(scope.get(name), "__module__", "submission") == "submission"
-
-    defined_here = {
-        n: checks for n, checks in EXERCISES.items()
-        if any(name in scope and own(name) for name in checks.values())
-    }
-    if number is None:  # a number in the file's name counts if it fits, or if there is nothing else
-        named = [n for n in exercise_numbers(path.stem) if n in defined_here or not defined_here]
-        number = next(iter(named), None)
-    wanted = EXERCISES.get(number) or {
-        check: name for checks in defined_here.values() for check, name in checks.items()
-    }
+    number, wanted = _wanted_checks(number, path.stem, scope)
     write(exercise=number, wanted=list(wanted))
     for name, defined in wanted.items():
-        result = {"check": name, "passed": False, "message": ""}
-        if defined not in scope:
-            result["message"] = f"{defined} is not defined. {raised}".strip()
-        elif not own(defined):
-            result["message"] = f"{defined} is imported, and not the file's own."
-        else:
-            try:
-                result["message"] = repr(CHECKS[name](scope[defined]))
-                result["passed"] = True
-            except CheckFailed as failure:
-                result["message"] = str(failure)
-            except (Exception, SystemExit) as error:
-                result["message"] = describe_exception(error)
-        row["checks"].append(result)
+        passed, message = _check(name, defined, scope, raised)
+        row["checks"].append({"check": name, "passed": passed, "message": message})
         write()
     write(finished=True, error="" if wanted else raised)
 
 
+def _is_own(name: str, scope: dict[str, Any]) -> bool:
+    """Return whether the file defines this name itself rather than importing it."""
+    return getattr(scope.get(name), "__module__", "submission") == "submission"
+
+
+def _wanted_checks(
+    number: int | None, stem: str, scope: dict[str, Any]
+) -> tuple[int | None, dict[str, str]]:
+    """Return the exercise of a file, if it has only one, and the checks that it must pass."""
+    defined_here = {
+        n: checks for n, checks in EXERCISES.items()
+        if any(name in scope and _is_own(name, scope) for name in checks.values())
+    }
+    if number is None:  # a number in the file's name counts if it fits, or if nothing else does
+        named = [n for n in exercise_numbers(stem) if n in defined_here or not defined_here]
+        number = next(iter(named), None)
+    return number, EXERCISES.get(number or 0) or {
+        check: name for checks in defined_here.values() for check, name in checks.items()
+    }
+
+
+def _check(name: str, defined: str, scope: dict[str, Any], raised: str) -> tuple[bool, str]:
+    """Run one check; return whether it passed, and its message."""
+    if defined not in scope:
+        return False, f"{defined} is not defined. {raised}".strip()
+    if not _is_own(defined, scope):
+        return False, f"{defined} is imported, not defined in the file."
+    try:
+        return True, repr(CHECKS[name](scope[defined]))
+    except CheckFailed as failure:
+        return False, str(failure)
+    except (Exception, SystemExit) as error:
+        return False, describe_exception(error)
+
+
 def _execute(cells: list[str], file: str, scope: dict[str, Any]) -> str:
-    """Run the cells in `scope`, going on after errors; return the first that is no failed check."""
+    """Run the cells in `scope`, continuing after errors; return the first real error or ""."""
     raised = ""
     for i, source in enumerate(cells):
         # A notebook's magics and shell lines are not Python.
@@ -202,7 +252,7 @@ def _execute(cells: list[str], file: str, scope: dict[str, Any]) -> str:
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raised = raised or describe_exception(error)
             continue
-        for statement in statements:  # one by one: a failed check must not stop what follows
+        for statement in statements:  # one by one, so that a failed check does not stop the rest
             try:
                 exec(compile(ast.Module([statement], []), name, "exec"), scope)
             except (CheckFailed, NotImplementedError):
@@ -216,7 +266,7 @@ def _execute(cells: list[str], file: str, scope: dict[str, Any]) -> str:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as text: one file in full, several as a table."""
+    """Return the rows as text: a single file in full, several files as a table."""
     if len(rows) == 1:
         return _full(rows[0])
     cells = [("file", "exercise", "passed", "first thing to look at")]
@@ -237,6 +287,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 def _full(row: dict[str, Any]) -> str:
+    """Return the row of one file, with every message in full."""
     lines = [f"{row['file']}: {row['passed']} of {row['total']} checks passed"]
     if row["error"]:
         lines.append(f"  {row['error']}")
@@ -252,7 +303,7 @@ if __name__ == "__main__":
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource  # not on Windows
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    # What the submission prints goes nowhere, and much of it takes no memory.
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    # Discard what the submission prints, without keeping it in memory.
     with contextlib.redirect_stdout(io.TextIOWrapper(open(os.devnull, "wb"))):
         _run(Path(sys.argv[1]), Path(sys.argv[2]))

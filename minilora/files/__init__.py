@@ -1,1 +1,1 @@
-"""Files: safetensors, checkpoints, GPT-2 of transformers, adapters of PEFT."""
+"""Files: safetensors, checkpoints, transformers' GPT-2, PEFT's adapters."""

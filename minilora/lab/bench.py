@@ -1,7 +1,7 @@
-"""`minilora bench`: milliseconds for a training step, and how they compare with PyTorch's.
+"""`minilora bench`: milliseconds per training step, compared with PyTorch's.
 
-The machines this runs on are never quiet, so nothing is timed by itself: the contestants
-take turns, and what is printed beside the medians are ratios of medians.
+Other programs may share the machine, so the steps that are compared take turns, and the ratios are
+ratios of medians. Everything runs on one thread; importing minilora limits BLAS to one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from minilora.lora.wrap import replace_linear_with_lora
 from minilora.nn.functional import cross_entropy
 from minilora.nn.gpt import GPT, GPTConfig
 from minilora.train.optim import AdamW
+from minilora.train.parallel import keep_freed_memory
 
 VOCAB_SIZE, RANK, ALPHA, LEARNING_RATE = 96, 8, 16, 1e-3
 SIZES = {  # d_model, n_layers, n_heads, context_length, batch
@@ -30,7 +31,7 @@ Step = Callable[[], Any]
 
 
 def config_and_batch(size: str) -> tuple[GPTConfig, int]:
-    """Return the configuration and the batch size of XS, S, M or L."""
+    """Return the configuration and the batch size of "XS", "S", "M" or "L"."""
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     d_model, n_layers, n_heads, context_length, batch = SIZES[size]
@@ -38,7 +39,7 @@ def config_and_batch(size: str) -> tuple[GPTConfig, int]:
 
 
 def random_batch(config: GPTConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw ids and targets (batch, context_length); their values do not matter to the clock."""
+    """Draw ids and targets, (batch, context_length); their values do not affect the times."""
     shape = batch, config.context_length + 1
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)
     return tokens[:, :-1], tokens[:, 1:]
@@ -63,8 +64,8 @@ def minilora_step(size: str, lora: bool) -> Step:
 
 
 def torch_step(size: str, lora: bool) -> Step:
-    """Return the same step in PyTorch eager: SDPA attention, fused AdamW, PEFT for LoRA."""
-    import torch
+    """Return the same step in eager PyTorch: SDPA attention, fused AdamW, PEFT for LoRA."""
+    import torch  # pyright: ignore[reportMissingImports]
 
     from minilora.lab import torch_peer
 
@@ -86,7 +87,13 @@ def torch_step(size: str, lora: bool) -> Step:
 
 
 def median_ms(steps: list[Step], seconds: float = 4.0) -> list[float]:
-    """Run the steps in turn for about `seconds`, after a warm-up; median milliseconds of each."""
+    """Run the steps in turn for about `seconds`, after a warm-up.
+
+    Returns
+    -------
+    list of float
+        The median time of each step, in milliseconds.
+    """
     for step in steps:
         for _ in range(3):
             step()
@@ -106,45 +113,65 @@ def sgemm_gflops() -> float:
     times = []
     for _ in range(12):
         start = time.perf_counter()
-        a @ a
+        np.matmul(a, a)
         times.append(time.perf_counter() - start)
     return 2 * 1024**3 / min(times) / 1e9
 
 
 def report(sizes: tuple[str, ...], peers: bool = False, seconds: float = 6.0) -> str:
-    """Time full and LoRA r=8 steps; return a Markdown table. Run it with one BLAS thread.
+    """Time full and LoRA r=8 steps on one thread, and return a Markdown table.
 
-    With peers, PyTorch steps take turns with ours and their ratio is added (below 1: we are
-    faster). ImportError that says what to install where torch or peft is missing.
+    Parameters
+    ----------
+    sizes : tuple of str
+        Keys of `SIZES`.
+    peers : bool
+        Whether to time PyTorch's steps in turn with minilora's, and show the ratio of the times;
+        below 1, minilora is faster.
+    seconds : float
+        Time for each row.
+
+    Raises
+    ------
+    ValueError
+        If a size is unknown.
+    ImportError
+        If `peers` is set and torch or peft is not installed.
     """
     for size in sizes:
         config_and_batch(size)
     if peers:
         use_one_torch_thread()
+    keep_freed_memory()  # as `fit` does
     peak = sgemm_gflops()
     head = ["size", "method", "ms/step", "of sgemm peak"]
     head += ["PyTorch ms/step", "ratio"] if peers else []
     lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * (len(head) - 2) + "|"]
     for size in sizes:
         for lora in (False, True):
-            steps = [minilora_step(size, lora)] + ([torch_step(size, lora)] if peers else [])
-            medians = median_ms(steps, seconds)
-            config, batch = config_and_batch(size)
-            flops = training_flops(config, batch, RANK if lora else None)
-            cells = [size, f"LoRA r={RANK}" if lora else "full", f"{medians[0]:.2f}",
-                     f"{flops / (medians[0] * 1e6) / peak:.0%}"]
-            if peers:
-                cells += [f"{medians[1]:.2f}", f"{medians[0] / medians[1]:.2f}"]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append("| " + " | ".join(_cells(size, lora, peers, seconds, peak)) + " |")
     lines.append(f"\nOne thread; sgemm peak here: {peak:.0f} GFLOP/s (a 1024 x 1024 product).")
     return "\n".join(lines)
 
 
+def _cells(size: str, lora: bool, peers: bool, seconds: float, peak: float) -> list[str]:
+    """Time one row of the table and return its cells; `peak` is in 1e9 FLOP/s."""
+    steps = [minilora_step(size, lora)] + ([torch_step(size, lora)] if peers else [])
+    medians = median_ms(steps, seconds)
+    config, batch = config_and_batch(size)
+    flops = training_flops(config, batch, RANK if lora else None)
+    cells = [size, f"LoRA r={RANK}" if lora else "full", f"{medians[0]:.2f}",
+             f"{flops / (medians[0] * 1e6) / peak:.0%}"]
+    if peers:
+        cells += [f"{medians[1]:.2f}", f"{medians[0] / medians[1]:.2f}"]
+    return cells
+
+
 def use_one_torch_thread() -> None:
-    """Hold PyTorch to one thread; ImportError with a hint where a peer is missing."""
+    """Limit PyTorch to one thread; raise an ImportError with a hint if a peer is missing."""
     try:
-        import peft  # noqa: F401
-        import torch
+        import peft  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             f"--peers needs torch and peft ({error}): pip install torch==2.13.0 peft"

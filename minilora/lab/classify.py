@@ -2,9 +2,9 @@
 
     model.lm_head = Linear(d_model, num_classes)
 
-Since attention looks back only, the last position is the one that has seen the whole text
+Attention only looks back, so only the last position has seen the whole text
 (Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.2).
-Targets are IGNORE_INDEX everywhere else, so `fit` and `evaluate` need to know nothing of this.
+Targets are IGNORE_INDEX at all other positions, so `fit` and `evaluate` work unchanged.
 """
 
 from __future__ import annotations
@@ -13,23 +13,33 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from minilora.data.corpus import Batch, CharTokenizer, corpus, split
+from minilora.data.corpus import corpus, split
+from minilora.data.tokenizer import CharTokenizer
 from minilora.nn.functional import IGNORE_INDEX
-from minilora.nn.layers import Rng
-from minilora.nn.module import Module, make_rng
-from minilora.nn.validate import check_sizes
+from minilora.nn.module import Module
+from minilora.nn.validate import Rng, check_sizes, make_rng
+from minilora.train.parallel import Batch
 
 LABELS = ("prose", "code")
-SHORTEST = 20  # characters: shorter lines, such as "else:", could be of either kind
+SHORTEST = 20  # characters; shorter lines, such as "else:", could be of either kind
 
 
 def encode_labelled(
     texts: Sequence[str], labels: Sequence[int], context_length: int
 ) -> Batch:
-    """Return ids and targets (N, context_length): the label stands at the last token of each text.
+    """Encode texts, with each label as the target at the last token of its text.
 
-    Longer texts are cut; what follows a shorter one is padding that nothing looks at. ValueError
-    for an empty text, other numbers of labels than of texts, or none.
+    Texts longer than the context are cut. Shorter ones are padded at the end, which earlier
+    positions do not see.
+
+    Returns
+    -------
+    ids, targets : ndarray of int, (N, context_length)
+
+    Raises
+    ------
+    ValueError
+        If there are no texts, a text is empty, or the number of labels differs.
     """
     check_sizes("encode_labelled", context_length=context_length)
     if not len(texts) or len(texts) != len(labels):
@@ -47,11 +57,25 @@ def encode_labelled(
 
 
 def prose_or_code(context_length: int, limit: int = 4000, rng: Rng = 0) -> tuple[Batch, Batch]:
-    """Return a task from the standard library, training and held-out part: prose 0, code 1.
+    """Make a task from the standard library: does a line come from the docs or from the code?
 
-    One text is one line of the corpus "docs" or "code" without its indentation, each once. Both
-    classes are equally many, at most `limit` in training and a tenth of that held out. The docs
-    have some lines of code in them, so nobody gets all of them right.
+    Each text is one line of a corpus without its indentation, and appears once. The classes are
+    prose 0 and code 1, in equal numbers. Some lines of the docs are code, so no classifier can be
+    right about every line.
+
+    Parameters
+    ----------
+    context_length : int
+        Longer lines are cut.
+    limit : int
+        The most training texts of each class; a tenth as many are held out.
+    rng : int or Generator
+        Chooses the texts and their order.
+
+    Returns
+    -------
+    training, held_out : pair of (ids, targets)
+        As from `encode_labelled`, in random order.
     """
     check_sizes("prose_or_code", limit=limit)
     rng = make_rng(rng)
@@ -69,12 +93,13 @@ def prose_or_code(context_length: int, limit: int = 4000, rng: Rng = 0) -> tuple
 
 
 def _lines(text: str, seen: set[str]) -> list[str]:
+    """Return the distinct lines of a text that are long enough and not in `seen`."""
     lines = dict.fromkeys(line.strip() for line in text.split("\n"))
     return [line for line in lines if len(line) >= SHORTEST and line not in seen]
 
 
 def shuffled_batches(data: Batch, batch_size: int, rng: Rng = 0) -> Iterator[Batch]:
-    """Yield (ids, targets) of batch_size rows for ever, every row once before any comes again."""
+    """Yield (ids, targets) of `batch_size` rows without end; each pass takes every row once."""
     check_sizes("shuffled_batches", batch_size=batch_size)
     ids, targets = data
     rng = make_rng(rng)

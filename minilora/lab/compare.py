@@ -1,7 +1,7 @@
-"""The main job: full fine-tuning against LoRA, from English docs to Python code.
+"""Compare full fine-tuning with LoRA, from English docs to Python code.
 
-The shipped base has only read English. Each method fine-tunes it on Python sources with a
-learning rate of its own, and everything that LoRA promises is measured on the way.
+The shipped base was trained on English only. Each method fine-tunes it on Python sources with its
+own learning rate, and the promises of LoRA are measured on the way.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from minilora.data.corpus import load_tokens, random_batches, sequential_batches
-from minilora.files.checkpoint import load_base, save_checkpoint, write_atomically
-from minilora.files.peft_read import save_adapter
+from minilora.data.batches import random_batches, sequential_batches
+from minilora.data.corpus import load_tokens
+from minilora.files.checkpoint import load_base, save_checkpoint
+from minilora.files.peft_write import save_adapter
+from minilora.files.safetensors import write_atomically
 from minilora.lora.wrap import remove_lora, replace_linear_with_lora
 from minilora.nn.gpt import GPT
-from minilora.train.loop import Batch, History, evaluate, fit
-from minilora.train.optim import AdamW, cosine_schedule
+from minilora.train.history import History
+from minilora.train.loop import evaluate, fit
+from minilora.train.optim import AdamW
+from minilora.train.parallel import Batch
+from minilora.train.schedule import cosine_schedule
 
-# Each method's own good learning rate, from the sweep in notebook 04.
+# A good learning rate for each method, from the sweep in notebook 04.
 FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-3, 1e-2
 BATCH_SIZE, WARMUP = 16, 20
 EVALUATION_BATCHES, EVALUATION_BATCH_SIZE = 8, 32
@@ -33,7 +38,27 @@ EVALUATION_BATCHES, EVALUATION_BATCH_SIZE = 8, 32
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared. alpha None means 2 * rank; lr None each method's own."""
+    """The settings of a comparison.
+
+    Attributes
+    ----------
+    base : str
+        Name of a shipped model.
+    ranks : tuple of int
+        LoRA ranks, one method for each besides full fine-tuning.
+    steps : int
+        Training steps of each run, 2 or more.
+    lr : float or None
+        One learning rate for all methods; None: each method's own.
+    alpha : float or None
+        LoRA alpha; None: twice the rank.
+    target_modules : tuple of str or None
+        Names or globs of the layers to adapt; None: every Linear.
+    seeds : int
+        Runs of each method.
+    threads : int or None
+        Threads that share each batch; None: as many as pay off.
+    """
 
     base: str = "base"
     ranks: tuple[int, ...] = (2, 8)
@@ -42,7 +67,7 @@ class Settings:
     alpha: float | None = None
     target_modules: tuple[str, ...] | None = None
     seeds: int = 1
-    threads: int = 1
+    threads: int | None = None
 
 
 QUICK = Settings(base="small", steps=250)
@@ -50,7 +75,21 @@ QUICK = Settings(base="small", steps=250)
 
 @dataclass
 class Run:
-    """One fine-tuning run. Losses in nats per character on held-out text."""
+    """What was measured in one fine-tuning run.
+
+    Losses are in nats per character on held-out text.
+
+    Attributes
+    ----------
+    total : int
+        Parameters of the base.
+    training_bytes : int
+        Bytes of the gradients and of the optimizer's moments.
+    file_bytes : int
+        Bytes on disk for this task: a whole model, or an adapter.
+    docs_removed : float or None
+        Loss on docs with the adapter removed; None for full fine-tuning.
+    """
 
     method: str
     rank: int | None
@@ -70,7 +109,7 @@ class Run:
 
 @dataclass
 class Data:
-    """Token streams and evaluation batches of the two corpora."""
+    """The training tokens of the code corpus, (T,), and evaluation batches of both corpora."""
 
     code: np.ndarray
     code_held_out: list[Batch]
@@ -94,7 +133,7 @@ def method_name(rank: int | None) -> str:
 
 
 def prepare(settings: Settings, rank: int | None, seed: int) -> tuple[GPT, float]:
-    """Load the base, wrap it unless rank is None, and return it with its learning rate."""
+    """Load the base, add LoRA unless rank is None, and return it with its learning rate."""
     model = load_base(settings.base)
     if rank is None:
         return model, settings.lr or FULL_LEARNING_RATE
@@ -105,10 +144,31 @@ def prepare(settings: Settings, rank: int | None, seed: int) -> tuple[GPT, float
 
 
 def fine_tune(
-    model: GPT, data: Data, learning_rate: float, steps: int, seed: int = 0, threads: int = 1,
-    progress: bool = False, description: str = "", validate_every: int = 50,
+    model: GPT, data: Data, learning_rate: float, steps: int, seed: int = 0,
+    threads: int | None = None, progress: bool = False, description: str = "",
+    validate_every: int = 50,
 ) -> History:
-    """Train what is trainable in the model on Python code: AdamW, warm-up, cosine to a tenth."""
+    """Train the trainable parameters on Python code: AdamW, warm-up, cosine decay to a tenth.
+
+    Parameters
+    ----------
+    model : GPT
+        With LoRA or without.
+    data : Data
+        Cut for the model's context length.
+    learning_rate : float
+        The peak, reached after the warm-up.
+    steps : int
+        Training steps.
+    seed : int
+        Seed of the batches.
+    threads : int, optional
+        Threads that share each batch; None: as many as pay off.
+    progress, description : bool, str
+        Whether to show a progress bar, and its name.
+    validate_every : int
+        Steps between evaluations on held-out code.
+    """
     length = model.config.context_length
     return fit(
         model,
@@ -128,52 +188,73 @@ def fine_tune(
 def run_method(
     settings: Settings, data: Data, rank: int | None, seed: int, folder: Path, progress: bool
 ) -> Run:
-    """Fine-tune once and measure; a LoRA run leaves its adapter in `folder`."""
+    """Fine-tune once and measure; a LoRA run writes its adapter to `folder`/adapters.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If Ctrl-C ended the training early.
+    """
     model, learning_rate = prepare(settings, rank, seed)
     trainable = model.num_parameters(trainable_only=True)
-    total = model.num_parameters() - (0 if rank is None else trainable)  # of the base
+    total = model.num_parameters() - (0 if rank is None else trainable)
     history = fine_tune(
         model, data, learning_rate, settings.steps, seed, settings.threads, progress,
         method_name(rank), validate_every=max(1, settings.steps // 6),
     )
-    if history.interrupted:  # half a run is no result, and must not replace a whole adapter
+    if history.interrupted:  # half a run is not a result and must not replace an adapter
         raise KeyboardInterrupt
-    run = Run(
+    docs_after = evaluate(model, data.docs_held_out, settings.threads)
+    stored, docs_removed = _store(model, rank, seed, folder), None
+    if rank is not None:
+        docs_removed = evaluate(remove_lora(model), data.docs_held_out, settings.threads)
+    return Run(
         method=method_name(rank), rank=rank, seed=seed, learning_rate=learning_rate,
         trainable=trainable, total=total,
-        training_bytes=sum(history.bytes.values()), file_bytes=0,
+        training_bytes=sum(history.bytes.values()), file_bytes=stored,
         ms_per_step=1e3 * statistics.median(np.diff([0.0, *history.seconds]).tolist()),
         code_before=history.validation_losses[0], code_after=history.validation_losses[-1],
-        docs_after=evaluate(model, data.docs_held_out, settings.threads), docs_removed=None,
-        history=history,
+        docs_after=docs_after, docs_removed=docs_removed, history=history,
     )
+
+
+def _store(model: GPT, rank: int | None, seed: int, folder: Path) -> int:
+    """Write the adapter, or a whole model for its size only, and return the bytes."""
     if rank is None:
         with tempfile.TemporaryDirectory() as temporary:
             save_checkpoint(model, Path(temporary) / "model.safetensors")
-            run.file_bytes = file_bytes(Path(temporary))
-    else:
-        adapter = folder / "adapters" / f"r{rank}-seed{seed}"
-        save_adapter(model, adapter)
-        run.file_bytes = file_bytes(adapter)
-        run.docs_removed = evaluate(remove_lora(model), data.docs_held_out, settings.threads)
-    return run
+            return file_bytes(Path(temporary))
+    adapter = folder / "adapters" / f"r{rank}-seed{seed}"
+    save_adapter(model, adapter)
+    return file_bytes(adapter)
 
 
 def file_bytes(folder: Path) -> int:
-    """Return the bytes of the files in a folder."""
+    """Return the total bytes of the files in a folder."""
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[str, Any]:
-    """Run every method with every seed; return the numbers, and write them to out/compare.json.
+    """Run every method with every seed, and write the numbers to `out`/compare.json.
 
-    Ctrl-C ends the comparison after the runs that are whole. ValueError for bad settings.
+    Ctrl-C ends the comparison early; complete runs are kept.
+
+    Returns
+    -------
+    dict
+        "settings", "docs_base" (the base's loss on docs, in nats per character) and "runs", a
+        list of `Run` as dicts.
+
+    Raises
+    ------
+    ValueError
+        If the settings are wrong; this is checked before any training.
     """
     if not settings.ranks or settings.seeds < 1:
         raise ValueError("compare needs at least one rank and one seed")
     if settings.steps < 2:
         raise ValueError(f"steps must be 2 or more, got {settings.steps}")
-    for rank in settings.ranks:  # every mistake should show before the first long run
+    for rank in settings.ranks:  # find every mistake before the first long run
         prepare(settings, rank, seed=0)
     Path(out).mkdir(parents=True, exist_ok=True)
     base = load_base(settings.base)
@@ -197,36 +278,50 @@ COLUMNS = (
     "method", "trainable", "", "grad+opt", "file", "ms/step", "code before", "code after",
     "of full's gain", "docs after", "docs, adapter removed",
 )
+LEFT_ALIGNED = (0, len(COLUMNS) - 1)  # all other columns are numbers
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
-    """Return the table's cells: one row a method, mean ± standard deviation over seeds."""
-    runs, table = result["runs"], []
-    full_gain = {
-        r["seed"]: r["code_before"] - r["code_after"] or math.nan for r in runs if r["rank"] is None
-    }
-    for name in dict.fromkeys(run["method"] for run in runs):
-        group = [run for run in runs if run["method"] == name]
-        first = group[0]
-        share = [(r["code_before"] - r["code_after"]) / full_gain[r["seed"]] for r in group]
-        removed = [r["docs_removed"] for r in group]
-        if first["rank"] is None:
-            undone = "cannot be undone"
-        elif all(value == result["docs_base"] for value in removed):
-            undone = f"{removed[0]:.3f} = base, exactly"
-        else:
-            undone = f"{_spread(removed)} DIFFERS from the base"
-        table.append([
-            name, f"{first['trainable']:,}", f"{first['trainable'] / first['total']:.1%}",
-            megabytes(first["training_bytes"]), megabytes(first["file_bytes"]),
-            f"{statistics.median(r['ms_per_step'] for r in group):.0f}",
-            f"{first['code_before']:.3f}", _spread([r["code_after"] for r in group]),
-            _spread(share, "{:.0%}"), _spread([r["docs_after"] for r in group]), undone,
-        ])
-    return table
+    """Return the table's cells: one row per method, mean ± standard deviation over seeds."""
+    runs = result["runs"]
+    full_gain = {run["seed"]: _gain(run) or math.nan for run in runs if run["rank"] is None}
+    groups = (
+        [run for run in runs if run["method"] == name]
+        for name in dict.fromkeys(run["method"] for run in runs)
+    )
+    return [_row(group, full_gain, result["docs_base"]) for group in groups]
+
+
+def _row(group: list[dict[str, Any]], full_gain: dict[int, float], docs_base: float) -> list[str]:
+    """Return the cells of one method."""
+    first = group[0]
+    return [
+        first["method"], f"{first['trainable']:,}", f"{first['trainable'] / first['total']:.1%}",
+        megabytes(first["training_bytes"]), megabytes(first["file_bytes"]),
+        f"{statistics.median(run['ms_per_step'] for run in group):.0f}",
+        f"{first['code_before']:.3f}", _spread([run["code_after"] for run in group]),
+        _spread([_gain(run) / full_gain[run["seed"]] for run in group], "{:.0%}"),
+        _spread([run["docs_after"] for run in group]), _after_removal(group, docs_base),
+    ]
+
+
+def _gain(run: dict[str, Any]) -> float:
+    """Return by how much a run lowered the loss on code."""
+    return run["code_before"] - run["code_after"]
+
+
+def _after_removal(group: list[dict[str, Any]], docs_base: float) -> str:
+    """Return the loss on docs without the adapter, and whether it is the base's."""
+    removed = [run["docs_removed"] for run in group]
+    if group[0]["rank"] is None:
+        return "cannot be undone"
+    if all(loss == docs_base for loss in removed):
+        return f"{removed[0]:.3f} = base, exactly"
+    return f"{_spread(removed)} DIFFERS from the base"
 
 
 def _spread(values: list[float], form: str = "{:.3f}") -> str:
+    """Format the mean, with the standard deviation if there are several values."""
     mean = form.format(statistics.fmean(values))
     return mean if len(values) < 2 else f"{mean} ± {form.format(statistics.stdev(values))}"
 
@@ -237,15 +332,15 @@ def megabytes(count: int) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the comparison as a table in Markdown, with the units below."""
+    """Return the comparison as a Markdown table."""
     cells = [list(COLUMNS), *rows(result)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
     lines = [
-        "| " + " | ".join(c.ljust(w) if i in (0, 10) else c.rjust(w)
+        "| " + " | ".join(c.ljust(w) if i in LEFT_ALIGNED else c.rjust(w)
                           for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |"
         for row in cells
     ]
     lines.insert(1, "|" + "|".join(
-        "-" * (w + 2) if i in (0, 10) else "-" * (w + 1) + ":" for i, w in enumerate(widths)
+        "-" * (w + 2) if i in LEFT_ALIGNED else "-" * (w + 1) + ":" for i, w in enumerate(widths)
     ) + "|")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Counting by formula, without building anything: parameters, bytes and FLOPs.
+"""Parameters, bytes and FLOPs by formula, without building a model.
 
-A model as large as GPT-3 can be counted on a laptop, since nothing but its shapes is needed.
-One multiply-add counts as two FLOPs.
+Only shapes are needed, so a model as large as GPT-3 can be counted on a laptop. One multiply-add
+counts as two FLOPs.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from minilora.lora.wrap import folding_pays, match_names
+from minilora.lora.targets import match_names
+from minilora.nn.fast import query_blocks
 from minilora.nn.gpt import GPT2_SIZES, GPTConfig
-from minilora.nn.module import Module, float_dtype
-from minilora.nn.validate import check_sizes
+from minilora.nn.module import Module
+from minilora.nn.validate import check_sizes, float_dtype
 
 
 @dataclass(frozen=True)
 class Architecture:
     """The shapes of a transformer, as far as counting needs them.
 
-    n_layers   how many layers there are
-    linears    {name: (in_features, out_features)} of one layer
-    bias       whether these have biases
-    other      all parameters outside them: embeddings, norms, head
-    source     where the sizes were published
+    Attributes
+    ----------
+    n_layers : int
+    linears : dict
+        {name: (in_features, out_features)} of one layer.
+    bias : bool
+        Whether the linears have biases.
+    other : int
+        All parameters outside the linears: embeddings, norms, head.
+    source : str
+        The publication that states the sizes.
     """
 
     n_layers: int
@@ -36,7 +43,7 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """Count every parameter of the model."""
+        """The number of parameters of the whole model."""
         per_layer = sum(m * n + n * self.bias for m, n in self.linears.values())
         return self.n_layers * per_layer + self.other
 
@@ -45,8 +52,19 @@ class Architecture:
     ) -> int:
         """Count A and B on the targets: rank * (in + out) for each matrix in each layer.
 
-        Hu et al. 2021, section 4.2. Targets are names or globs, None is every linear of the
-        layers (not the head). ValueError for a rank below 1 or a target that fits none.
+        See Hu et al. 2021, section 4.2.
+
+        Parameters
+        ----------
+        rank : int
+            1 or more.
+        target_modules : str or list of str, optional
+            Names or globs; None: every linear of the layers, but not the head.
+
+        Raises
+        ------
+        ValueError
+            If the rank is below 1 or a target matches nothing.
         """
         check_sizes("LoRA", rank=rank)
         names = match_names(list(self.linears), target_modules)
@@ -54,12 +72,12 @@ class Architecture:
 
 
 def attention_and_mlp(d: int, d_kv: int, **mlp: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """Return the linears of a layer: q, k, v, o with keys and values of width d_kv, and an MLP."""
+    """Return the linears of a layer: q, k, v, o, with keys and values of width d_kv; the MLP."""
     return {"q_proj": (d, d), "k_proj": (d, d_kv), "v_proj": (d, d_kv), "o_proj": (d, d)} | mlp
 
 
 def gpt_architecture(config: GPTConfig, source: str = "") -> Architecture:
-    """Return the shapes of a GPT as `GPT(config)` would have them."""
+    """Return the shapes of `GPT(config)`."""
     d, v = config.d_model, config.vocab_size
     norm = d * (1 + config.bias)
     other = (v + config.context_length) * d + (2 * config.n_layers + 1) * norm
@@ -71,7 +89,7 @@ def gpt_architecture(config: GPTConfig, source: str = "") -> Architecture:
 def bert_architecture(
     n_layers: int, d: int, vocab_size: int, positions: int, source: str
 ) -> Architecture:
-    """Return the shapes of RoBERTa: embeddings (one token type) and their norm, layers, pooler."""
+    """Return the shapes of RoBERTa: embeddings (one token type), their norm, layers, pooler."""
     other = (vocab_size + positions + 1) * d + 2 * d + n_layers * 4 * d + d * d + d
     linears = attention_and_mlp(d, d, up_proj=(d, 4 * d), down_proj=(4 * d, d))
     return Architecture(n_layers, linears, True, other, source)
@@ -82,8 +100,9 @@ def deberta_v2_architecture(
 ) -> Architecture:
     """Return the shapes of DeBERTa v2: BERT's layers, with positions relative to each other.
 
-    Instead of learned positions there are two tables of `buckets` relative ones, and beside the
-    first layer a convolution of width 3; each of these, and the token embedding, has a norm.
+    Two tables of `buckets` relative positions replace the learned positions, and a convolution of
+    width 3 runs beside the first layer. The token embedding, the tables and the convolution have
+    a norm each.
     """
     other = vocab_size * d + 2 * buckets * d + (3 * d * d + d) + 3 * 2 * d + n_layers * 4 * d
     linears = attention_and_mlp(d, d, up_proj=(d, 4 * d), down_proj=(4 * d, d))
@@ -126,10 +145,10 @@ PUBLISHED: dict[str, Architecture] = {
 
 
 def adapter_h_parameters(n_adapters: int, d: int, r: int) -> int:
-    """Count the adapters of Houlsby et al. 2019: n (2 d r + r + d), Hu et al. 2021, section 5.1.
+    """Count the adapters of Houlsby et al. 2019: n (2 d r + r + d); Hu et al. 2021, section 5.1.
 
-    Two layers, (d, r) and (r, d), with their biases. (Norms that are trained as well are left
-    out, as in the GPT-3 rows of the LoRA paper's tables.)
+    Each has two layers, (d, r) and (r, d), with biases. Trained norms are left out, as in the
+    GPT-3 rows of the LoRA paper's tables.
     """
     return n_adapters * (2 * d * r + r + d)
 
@@ -137,20 +156,20 @@ def adapter_h_parameters(n_adapters: int, d: int, r: int) -> int:
 def prefix_parameters(d: int, tokens: int, n_layers: int = 1) -> int:
     """Count prefix tuning: d numbers for each of the `tokens`, in the embedding or in each layer.
 
-    Hu et al. 2021, section 5.1: d (l_p + l_i) for prefix-embedding tuning (n_layers 1), and L
-    times that for prefix-layer tuning.
+    See Hu et al. 2021, section 5.1: d (l_p + l_i) for prefix-embedding tuning (n_layers 1), and
+    L times that for prefix-layer tuning.
     """
     return n_layers * d * tokens
 
 
 def linear_flops(in_features: int, out_features: int, rows: int, rank: int | None = None) -> int:
-    """FLOPs of a linear layer, forward and backward, on `rows` rows.
+    """Count the FLOPs of a linear layer, forward and backward, on `rows` rows.
 
-    Full (rank None): y, dx and dW are three products of 2 * in * out FLOPs a row. With LoRA
-    the layer is frozen, so dW falls away, and the two thin factors come on top, three products
-    each: a row costs 2 * (2 * in * out + 3 * rank * (in + out)). For a square layer of width d
-    the ratio is 2/3 + 2r/d: below one third saved, and at d < 6r more than full fine-tuning.
-    That is the plain form; where `LinearWithLoRA` folds A B into W first, it does fewer.
+    Full fine-tuning (rank None) needs y, dx and dW: three products of 2 * in * out FLOPs per row.
+    With LoRA the layer is frozen, so dW is not needed, but each of the two thin factors adds
+    three products: 2 * (2 * in * out + 3 * rank * (in + out)) FLOPs per row. For a square layer
+    of width d the ratio is 2/3 + 2r/d. So LoRA saves less than one third, and at d < 6r it costs
+    more than full fine-tuning.
     """
     product = 2 * rows * in_features * out_features
     if rank is None:
@@ -159,11 +178,21 @@ def linear_flops(in_features: int, out_features: int, rows: int, rank: int | Non
 
 
 def training_flops(config: GPTConfig, batch: int, rank: int | None = None) -> int:
-    """FLOPs in the matrix products of one training step of a GPT; LoRA on every Linear.
+    """Count the FLOPs in the matrix products of one training step of `GPT(config)`.
 
-    Per block: q, k, v, o (d, d), up (d, 4d), down (4d, d), and attention's two (T, T)
-    products, which cost twice as much again in backward. A tied head has no LoRA, and its
-    weight gradient is computed in full fine-tuning only.
+    Each block has q, k, v, o (d, d), up (d, 4d), down (4d, d), and attention's two (T, T)
+    products, which cost twice as much again in backward. (They are counted in full, although
+    `fast.causal_attention` skips most of the half that is masked.) A tied head has no LoRA, and
+    its weight gradient is computed in full fine-tuning only.
+
+    Parameters
+    ----------
+    config : GPTConfig
+        The sizes of the model.
+    batch : int
+        Sequences of `config.context_length` tokens.
+    rank : int, optional
+        LoRA of this rank on every Linear; None: full fine-tuning.
     """
     d, t, v = config.d_model, config.context_length, config.vocab_size
     rows = batch * t
@@ -184,10 +213,16 @@ def training_flops(config: GPTConfig, batch: int, rank: int | None = None) -> in
 class Memory:
     """Bytes that one training step holds.
 
-    weights       all parameters, trained or not
-    gradients     of the parameters that are trained
-    moments       AdamW's two for each of them
-    activations   what the modules keep from forward to backward
+    Attributes
+    ----------
+    weights : int
+        All parameters, trained or not.
+    gradients : int
+        Gradients of the trained parameters.
+    moments : int
+        AdamW's two moments of each trained parameter.
+    activations : int
+        What the modules keep from forward to backward.
     """
 
     weights: int
@@ -197,6 +232,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """The sum of all four."""
         return self.weights + self.gradients + self.moments + self.activations
 
 
@@ -204,62 +240,85 @@ def training_memory(
     config: GPTConfig, batch: int, time: int, rank: int | None = None,
     target_modules: str | list[str] | None = None, dtype: Any = np.float32,
 ) -> Memory:
-    """Predict the bytes of a training step of `GPT(config)` on ids (batch, time), int64.
+    """Predict the bytes of a training step of `GPT(config)` on ids (batch, time) of int64.
 
-    rank None is full fine-tuning; else LoRA, on the targets as in `replace_linear_with_lora`.
-    Dropout is taken to be 0. The same, to the byte, as `measured_memory` finds.
+    Dropout is taken to be 0. The prediction equals `measured_memory` to the byte.
+
+    Parameters
+    ----------
+    config : GPTConfig
+        The sizes of the model.
+    batch, time : int
+        The shape of the ids.
+    rank : int, optional
+        LoRA of this rank; None: full fine-tuning.
+    target_modules : str or list of str, optional
+        Layers with LoRA, as in `replace_linear_with_lora`.
+    dtype : dtype
+        Of the parameters and activations.
     """
     check_sizes("training_memory", batch=batch, time=time)
     size, architecture = float_dtype(dtype).itemsize, gpt_architecture(config)
-    linears = {
-        f"h.{i}.{'mlp' if name in ('up_proj', 'down_proj') else 'attn'}.{name}": shape
-        for i in range(config.n_layers) for name, shape in architecture.linears.items()
-    }
-    if not config.tie_weights:
-        linears["lm_head"] = (config.d_model, config.vocab_size)
+    linears = _linear_shapes(config)
     weights = trained = architecture.num_parameters
-    adapted = None
     if rank is not None:
         check_sizes("LoRA", rank=rank)
-        adapted = {name: linears[name] for name in match_names(list(linears), target_modules)}
-        trained = sum(rank * (n_in + n_out) for n_in, n_out in adapted.values())
+        linears = {name: linears[name] for name in match_names(list(linears), target_modules)}
+        trained = sum(rank * (n_in + n_out) for n_in, n_out in linears.values())
         weights += trained
     ids = 8 * (batch * time + time)  # of tokens and of positions
-    kept = _activations(config, batch, time, linears, adapted, rank or 0)
+    kept = _activations(config, batch, time, set(linears), rank)
     return Memory(size * weights, size * trained, size * 2 * trained, size * kept + ids)
 
 
+def _linear_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
+    """Return {full name: (in_features, out_features)} of every Linear of `GPT(config)`."""
+    linears = {
+        f"h.{i}.{'mlp' if name in ('up_proj', 'down_proj') else 'attn'}.{name}": shape
+        for i in range(config.n_layers) for name, shape in gpt_architecture(config).linears.items()
+    }
+    if not config.tie_weights:
+        linears["lm_head"] = (config.d_model, config.vocab_size)
+    return linears
+
+
 def _activations(
-    config: GPTConfig, batch: int, time: int, linears: dict[str, tuple[int, int]],
-    adapted: dict[str, tuple[int, int]] | None, rank: int,
+    config: GPTConfig, batch: int, time: int, trained: set[str], rank: int | None
 ) -> int:
-    """Count the numbers that a forward keeps: nothing in it depends on their values."""
-    n, d, heads = batch * time, config.d_model, config.n_heads
-    trained = linears if adapted is None else adapted
+    """Count the numbers that a forward keeps; `trained`: names of the Linears tuned or adapted."""
+    n, d = batch * time, config.d_model
     norm = n * d + n  # LayerNorm: xhat and 1 / sqrt(var + eps)
-    # q, k, v and the output, exp(scores - max), and its row sums
-    attention = 4 * n * d + batch * heads * time * time + batch * heads * time
-    count = norm + config.n_layers * (2 * norm + attention + n * 4 * d)  # 4d: GELU's slope
+    count = norm
     for i in range(config.n_layers):
-        block = f"h.{i}."
-        if any(f"{block}attn.{part}_proj" in trained for part in "qkv"):
-            count += n * d  # their input, which they share
-        if f"{block}attn.o_proj" in trained and heads > 1 and time > 1:
-            count += n * d  # with one head, or at one position, it is attention's output itself
-        count += n * d * (f"{block}mlp.up_proj" in trained)
-        count += n * 4 * d * (f"{block}mlp.down_proj" in trained)
-    if "lm_head" in trained or (config.tie_weights and adapted is None):
-        count += n * d
-    for n_in, n_out in (adapted or {}).values():  # W + scale * A B where it is formed, or x A
-        count += n_in * n_out if folding_pays(n_in, n_out, n) else n * rank
+        names = {name.rpartition(".")[2] for name in trained if name.startswith(f"h.{i}.")}
+        count += 2 * norm + _attention_cache(config, batch, time, names)
+        count += n * 4 * d  # GELU's slope
+        count += n * d * ("up_proj" in names) + n * 4 * d * ("down_proj" in names)  # inputs
+    if "lm_head" in trained or (config.tie_weights and rank is None):
+        count += n * d  # the input of the head
+    if rank is not None:
+        count += n * rank * len(trained)  # x A
+    return count
+
+
+def _attention_cache(config: GPTConfig, batch: int, time: int, trained: set[str]) -> int:
+    """Count the numbers that attention keeps in one block, with its projections' inputs."""
+    n, d, heads = batch * time, config.d_model, config.n_heads
+    count = 4 * n * d  # q, k, v and the output
+    weights = sum((block.stop - block.start) * block.stop for block in query_blocks(time))
+    count += batch * heads * (weights + time)  # exp(scores - max) and its sums
+    if trained & {"q_proj", "k_proj", "v_proj"}:
+        count += n * d  # their input, which they share
+    if "o_proj" in trained and heads > 1 and time > 1:
+        count += n * d  # with one head, or at one position, this is the output itself
     return count
 
 
 def measured_memory(model: Module, optimizer: Any) -> Memory:
-    """Count the arrays that a real step holds: call it after forward and backward and a step.
+    """Count the arrays that a real training step holds.
 
-    What modules keep from forward to backward is gone by then, so do another forward first.
-    An array that several modules keep, or keep a view of, counts once.
+    Call it after a forward, a backward, an optimizer step and another forward: backward releases
+    what the modules keep. An array that several modules keep, or keep a view of, counts once.
     """
     kept: dict[int, int] = {}
 

@@ -1,7 +1,7 @@
-"""Look by moving a slider, or, where that cannot be, at a few pictures one below the other.
+"""Figures behind a slider, or stacked if there are no widgets.
 
-The slider needs ipywidgets and somebody at a running notebook; everything else, such as a page
-that only shows stored outputs, gets the static form.
+The slider needs ipywidgets and a running notebook. Everything else, such as a page that shows
+stored outputs, has the static form.
 """
 
 from __future__ import annotations
@@ -11,17 +11,27 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-STATIC = "MINILORA_STATIC"  # an environment variable: set it for pictures in any case
+STATIC = "MINILORA_STATIC"  # environment variable; if set, there are no sliders
 
 
 def choose(draw: Callable[[Any], Any], name: str, values: Sequence[Any], *static: Any) -> None:
-    """Show draw(value), a Figure, for the value that the reader picks with a slider.
+    """Show `draw(value)` for the value that the reader picks with a slider.
 
-    name     what stands beside the slider
-    values   what can be picked, in order
-    static   the values to show where there is no slider; by default the first and the last
+    Parameters
+    ----------
+    draw : callable
+        Takes a value and returns a Figure.
+    name : str
+        Label of the slider.
+    values : sequence
+        What can be picked, in order.
+    *static
+        The values to show if there is no slider; by default the first and the last.
 
-    Raises ValueError where there is nothing to pick, or a static value is not among the values.
+    Raises
+    ------
+    ValueError
+        If there are no values, or a static value is not among them.
     """
     values = list(values)
     if not values:
@@ -42,14 +52,14 @@ def choose(draw: Callable[[Any], Any], name: str, values: Sequence[Any], *static
 
 
 def has_widgets() -> bool:
-    """Say whether a slider can be shown: ipywidgets is there, and static pictures not asked for."""
+    """Return whether a slider can be shown: ipywidgets is installed and STATIC is not set."""
     return not os.environ.get(STATIC) and all(
         importlib.util.find_spec(module) for module in ("ipywidgets", "IPython")
     )
 
 
 def _display(figure: Any, title: str = "") -> None:
-    """Show a figure in a notebook; elsewhere, as in a script, say what it would be."""
+    """Show a figure in a notebook; in a plain script, print its title."""
     if importlib.util.find_spec("IPython"):
         from IPython.display import display
 

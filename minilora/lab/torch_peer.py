@@ -1,10 +1,13 @@
 """The same GPT in PyTorch, for the peer tests and `minilora bench --peers`. Needs torch.
 
-Module names are those of `minilora.GPT`, so that a state dict only needs its linear weights
+Its modules are named as in `minilora.GPT`, so a state dict only needs its linear weights
 transposed.
 """
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from minilora.nn.module import Module
 
 
 class Attention(nn.Module):
+    """Causal self-attention: x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_heads = config.n_heads
@@ -31,6 +36,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with GELU (tanh form) between them: x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.d_model, 4 * config.d_model, config.bias)
@@ -41,9 +48,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm transformer block: x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
-        norm = dict(eps=config.layer_norm_eps, bias=config.bias)
+        norm: dict[str, Any] = {"eps": config.layer_norm_eps, "bias": config.bias}
         self.ln_1, self.attn = nn.LayerNorm(config.d_model, **norm), Attention(config)
         self.ln_2, self.mlp = nn.LayerNorm(config.d_model, **norm), MLP(config)
 
@@ -74,12 +83,12 @@ class TorchGPT(nn.Module):
 
 
 def is_linear_weight(name: str) -> bool:
-    """Whether an array of this name is stored transposed in PyTorch."""
+    """Return whether PyTorch stores the array of this name transposed."""
     return name.endswith(("_proj.weight", "lm_head.weight", "linear.weight"))
 
 
 def copy_weights(source: Module, target: nn.Module) -> None:
-    """Load the weights of a plain minilora GPT into the PyTorch one."""
+    """Copy the weights of a minilora GPT without LoRA into a `TorchGPT`."""
     target.load_state_dict({
         name: torch.from_numpy(np.array(array.T if is_linear_weight(name) else array, order="C"))
         for name, array in source.state_dict().items()
@@ -87,7 +96,7 @@ def copy_weights(source: Module, target: nn.Module) -> None:
 
 
 def add_peft_lora(model: nn.Module, rank: int, alpha: float) -> nn.Module:
-    """Put PEFT's LoRA on every linear layer."""
+    """Return the model with PEFT's LoRA on every linear layer."""
     from peft import LoraConfig, get_peft_model
 
     names = sorted({

@@ -1,1 +1,1 @@
-"""Low-rank adaptation: start with `layer`; then wrapping, and adapters apart from a model."""
+"""Low-rank adaptation. Start with `layer`; then come wrapping, and adapters on their own."""

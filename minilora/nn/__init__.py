@@ -1,1 +1,1 @@
-"""The network: parameters, layers, a GPT, each forward beside its hand-written backward."""
+"""The network: parameters, layers and a GPT, each forward with a hand-written backward."""

@@ -6,20 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from minilora.nn.functional import attention_weights, causal_attention, causal_attention_backward
-from minilora.nn.layers import Dropout, Linear, Rng
-from minilora.nn.module import Module, make_rng
-from minilora.nn.validate import check_sizes
+from minilora.nn.fast import causal_attention, causal_attention_backward
+from minilora.nn.functional import attention_weights
+from minilora.nn.layers import Dropout, Linear
+from minilora.nn.module import Module
+from minilora.nn.validate import Rng, check_sizes, make_rng
 
 
 class CausalSelfAttention(Module):
     """out = o_proj(concat over heads of softmax(q kᵀ / sqrt(D) + mask) v)
 
-    q_proj, k_proj, v_proj, o_proj   Linear(d_model, d_model)
-    dropout                          on the output, as GPT-2's resid_dropout
+    Vaswani et al. 2017, "Attention Is All You Need", section 3.2. x and out are (B, T, d_model),
+    and each head has width D = d_model / n_heads. Raises ValueError unless that is whole.
 
-    Vaswani et al. 2017, "Attention Is All You Need", section 3.2; each head has the width
-    D = d_model / n_heads. Raises ValueError where n_heads does not divide d_model.
+    Attributes
+    ----------
+    q_proj, k_proj, v_proj, o_proj : Linear(d_model, d_model)
+    dropout : Dropout on the output, as resid_dropout in GPT-2
     """
 
     def __init__(
@@ -48,42 +51,31 @@ class CausalSelfAttention(Module):
         return x.swapaxes(1, 2).reshape(b, t, h * d)
 
     def forward(self, x: np.ndarray) -> np.ndarray:
-        """x (B, T, C) -> (B, T, C)."""
+        """x (B, T, C) -> (B, T, C). Raises ValueError for other shapes, or if T is 0."""
         if np.ndim(x) != 3 or not np.shape(x)[1]:
-            raise ValueError(
-                f"attention expects input of shape (B, T, C) with T at least 1, got {np.shape(x)}"
-            )
-        q = self.split_heads(self.q_proj(x))
-        k = self.split_heads(self.k_proj(x))
-        v = self.split_heads(self.v_proj(x))
+            raise ValueError("attention expects input of shape (B, T, C) with T at least 1, got "
+                             f"{np.shape(x)}")
+        q, k, v = (self.split_heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
         out, cache = causal_attention(q, k, v)
         self._save(cache)
         return self.dropout(self.o_proj(self.join_heads(out)))
 
-    def backward(self, dout: np.ndarray, input_grad: bool = True) -> np.ndarray | None:
-        """Back through o_proj, the attention of each head, and q, k, v; dx is their sum."""
+    def backward(self, dout: np.ndarray) -> np.ndarray:
+        """Go back through o_proj, the heads, and q, k and v; dx is the sum over the last three."""
         (cache,) = self._take()
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        below = [input_grad or projection.is_trainable() for projection in projections]
-        dheads = self.o_proj.backward(self.dropout.backward(dout), any(below))
-        if not any(below):
-            return None
-        gradients = causal_attention_backward(self.split_heads(dheads), cache)
-        dx = None
-        for projection, gradient, needed in zip(projections, gradients, below, strict=True):
-            if needed:
-                part = projection.backward(self.join_heads(gradient), input_grad)
-                dx = part if dx is None else dx + part
-        return dx if input_grad else None
+        dout = self.o_proj.backward(self.dropout.backward(dout))
+        dq, dk, dv = causal_attention_backward(self.split_heads(dout), cache)
+        dx = self.q_proj.backward(self.join_heads(dq))
+        dx += self.k_proj.backward(self.join_heads(dk))
+        dx += self.v_proj.backward(self.join_heads(dv))
+        return dx
 
     def attention_weights(self, x: np.ndarray) -> np.ndarray:
-        """Return the attention weights, to look at: x (B, T, C) -> (B, H, T, T), rows sum to 1.
+        """Return the attention weights for inspection: x (B, T, C) -> (B, H, T, T), rows sum to 1.
 
-        Takes the place of what q_proj and k_proj kept for a backward.
+        This overwrites what q_proj and k_proj kept for backward.
         """
-        q = self.split_heads(self.q_proj(x))
-        k = self.split_heads(self.k_proj(x))
-        return attention_weights(q, k)
+        return attention_weights(self.split_heads(self.q_proj(x)), self.split_heads(self.k_proj(x)))
 
     def extra_repr(self) -> str:
         return f"n_heads={self.n_heads}"

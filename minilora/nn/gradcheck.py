@@ -1,9 +1,9 @@
 """Check a hand-written backward against central differences.
 
 The derivative of f at x is (f(x + h) - f(x - h)) / 2h up to an error of order h². Here f is
-the module's output contracted with a fixed random `dout`, so that one number depends on
-every output, and backward(dout) must be its gradient. In float64 with h = 1e-5 a right
-backward agrees to 1e-7 or better, and a wrong one is off by far more than 1e-6.
+sum(output * dout) with a fixed random `dout`: one number that depends on every output. Its
+gradient must be backward(dout). In float64 with h = 1e-5 a correct backward agrees to 1e-7 or
+better, and a wrong one is off by far more than 1e-6.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minilora.nn.layers import Rng
-from minilora.nn.module import Module, make_rng
+from minilora.nn.module import Module
+from minilora.nn.validate import Rng, make_rng
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The worst entry of one array; for the scale of its error see `_worst_entries`."""
+    """The entry of one array with the largest error, which `_worst_entries` scales."""
 
     name: str
     error: float
@@ -31,7 +31,7 @@ class Entry:
 
 @dataclass
 class GradCheck:
-    """The report: one `Entry` for each array; print it to read it."""
+    """The report, with one `Entry` for each array. Print it to read it."""
 
     tolerance: float
     entries: list[Entry] = field(default_factory=list)
@@ -60,7 +60,7 @@ def numerical_gradient(
 ) -> np.ndarray:
     """Central differences of f() with respect to the entries of x at `indices`.
 
-    x is changed in place and restored after each entry; f must read it anew at each call.
+    x is changed in place and restored after each entry; f must read it at each call.
     """
     slopes = np.empty(len(indices))
     for i, index in enumerate(indices):
@@ -75,29 +75,58 @@ def numerical_gradient(
 
 
 def gradcheck(
-    module: Module, x: np.ndarray, tolerance: float = 1e-6, max_entries: int = 100, rng: Rng = 0
+    module: Module, x: np.ndarray, tolerance: float = 1e-6, max_entries: int = 50, rng: Rng = 0
 ) -> GradCheck:
     """Compare module.backward with central differences, for x and every trainable parameter.
 
-    x may be floating-point input or integer ids (which have no gradient). Of an array with
-    more than `max_entries` numbers that many are drawn at random. Gradients that the module
-    held are gone afterwards; parameters and x are as they were.
+    A backward that changes its dout, or overwrites a gradient instead of adding to it, fails too.
+    The module's gradients are cleared; its parameters and x are unchanged.
 
-    A backward that changes its dout, or sets a gradient where it should add to it, is wrong too.
+    Parameters
+    ----------
+    x : float64 input of any shape that the module takes, or integer ids, which have no gradient
+    tolerance : largest error, relative to the largest gradient in the array
+    max_entries : numbers compared in each array; if it has more, they are drawn at random
 
-    Raises TypeError unless parameters and x are float64: float32 is too coarse to tell; and
-    ValueError where there is nothing to compare.
+    Returns
+    -------
+    report : GradCheck, whose `passed` is True if all arrays agree
+
+    Raises
+    ------
+    TypeError : if a parameter or x is not float64; float32 is too coarse
+    ValueError : if there is nothing to compare
     """
     rng, x = make_rng(rng), np.array(x)
     arrays = {name: p.data for name, p in module.named_parameters() if p.requires_grad}
     if x.dtype.kind == "f":
         arrays["input"] = x
+    _check_arrays(arrays, max_entries)
+    forward = _repeatable(module, x)
+    dout = rng.standard_normal(forward().shape)
+    gradients, faults = _gradients(module, forward, dout, arrays)
+    compared = {}
+    for name, array in arrays.items():
+        if name not in faults:
+            flat = np.sort(rng.choice(array.size, min(max_entries, array.size), replace=False))
+            indices = [tuple(int(j) for j in np.unravel_index(i, array.shape)) for i in flat]
+            slopes = numerical_gradient(lambda: float((forward() * dout).sum()), array, indices)
+            compared[name] = indices, slopes, np.array([gradients[name][i] for i in indices])
+    module.zero_grad()
+    wrong = [Entry(name, np.inf, (), np.nan, np.nan, note) for name, note in faults.items()]
+    return GradCheck(tolerance, _worst_entries(compared) + wrong)
+
+
+def _check_arrays(arrays: dict[str, np.ndarray], max_entries: int) -> None:
     if max_entries < 1 or not all(array.size for array in arrays.values()):
-        raise ValueError("gradcheck needs numbers to compare: x is empty or max_entries below 1")
+        raise ValueError("gradcheck needs numbers to compare: an array is empty or max_entries < 1")
     for name, array in arrays.items():
         if array.dtype != np.float64:
             raise TypeError(f"gradcheck needs float64, but {name} is {array.dtype}: use astype")
 
+
+def _repeatable(module: Module, x: np.ndarray) -> Callable[[], np.ndarray]:
+    """Return a function that runs forward on x, always with the same dropout masks."""
     generators = {
         id(m.rng): m.rng for _, m in module.named_modules()
         if isinstance(getattr(m, "rng", None), np.random.Generator)
@@ -105,41 +134,37 @@ def gradcheck(
     states = {key: g.bit_generator.state for key, g in generators.items()}
 
     def forward() -> np.ndarray:
-        for key, generator in generators.items():  # the same dropout mask every time
+        for key, generator in generators.items():
             generator.bit_generator.state = states[key]
         return module(x)
 
-    dout = rng.standard_normal(forward().shape)
+    return forward
+
+
+def _gradients(
+    module: Module, forward: Callable[[], np.ndarray], dout: np.ndarray,
+    arrays: dict[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the gradients that backward gives for the arrays, and {name: what is wrong}."""
     module.zero_grad()
     forward()
     given = dout.copy()
     dx = module.backward(given)
-    gradients = {name: p.grad for name, p in module.named_parameters()} | {"input": dx}
-    faults = {name: _fault(gradients[name], array) for name, array in arrays.items()}
-    once = {name: np.array(g) for name, g in gradients.items() if g is not None}
+    found = {name: p.grad for name, p in module.named_parameters()} | {"input": dx}
+    faults = {name: fault for name, a in arrays.items() if (fault := _fault(found[name], a))}
+    once = {name: np.array(found[name]) for name in arrays if name not in faults}
     forward()
     module.backward(dout.copy())
     for name, p in module.named_parameters():
-        if name in arrays and not faults[name] and not np.allclose(p.grad, 2.0 * once[name]):
+        if name in once and (p.grad is None or not np.allclose(p.grad, 2.0 * once[name])):
             faults[name] = "a second backward did not add to the gradient of the first"
-    compared = {}
-    for name, array in arrays.items():
-        if faults[name]:
-            continue
-        count = min(max_entries, array.size)
-        flat = np.sort(rng.choice(array.size, count, replace=False))
-        indices = [tuple(int(j) for j in np.unravel_index(i, array.shape)) for i in flat]
-        expected = numerical_gradient(lambda: float((forward() * dout).sum()), array, indices)
-        compared[name] = indices, expected, np.array([once[name][index] for index in indices])
-    module.zero_grad()
     if not np.array_equal(given, dout):
         faults["dout"] = "backward changed its argument"
-    wrong = [Entry(name, np.inf, (), np.nan, np.nan, note) for name, note in faults.items() if note]
-    return GradCheck(tolerance, _worst_entries(compared) + wrong)
+    return once, faults
 
 
 def _fault(gradient: np.ndarray | None, array: np.ndarray) -> str:
-    """Say what is wrong with a gradient before its numbers are looked at, or nothing."""
+    """Describe what is wrong with a gradient apart from its numbers; "" if nothing is."""
     if gradient is None:
         return "backward left no gradient"
     if np.shape(gradient) != array.shape:
@@ -150,9 +175,9 @@ def _fault(gradient: np.ndarray | None, array: np.ndarray) -> str:
 def _worst_entries(compared: dict[str, tuple[list, np.ndarray, np.ndarray]]) -> list[Entry]:
     """Find the largest error of each array, relative to the largest gradient in it.
 
-    Some gradients are zero whatever happens, such as that of k_proj's bias (soft-max does not
-    see a shift), and differences only show round-off there: so the yardstick is never less
-    than a thousandth of the largest gradient anywhere.
+    Some gradients are always zero, such as that of k_proj's bias (soft-max ignores a shift).
+    Differences show only round-off there, so the yardstick is at least a thousandth of the
+    largest gradient of all arrays.
     """
     largest = {name: np.abs(expected).max() for name, (_, expected, _) in compared.items()}
     most = max(largest.values(), default=0.0)

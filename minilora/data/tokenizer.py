@@ -1,0 +1,82 @@
+"""Characters as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from minilora.nn.validate import token_ids
+
+
+class CharTokenizer:
+    """One token for each of 96 characters: newline and printable ASCII.
+
+    The vocabulary is fixed, so a checkpoint fits every corpus and Python version.
+    """
+
+    characters = "\n" + "".join(map(chr, range(32, 127)))
+    vocab_size = len(characters)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Convert text to token ids.
+
+        Parameters
+        ----------
+        text
+            Characters of the vocabulary only; `plain` converts other text.
+
+        Returns
+        -------
+        ndarray
+            (len(text),), int64.
+
+        Raises
+        ------
+        ValueError
+            If a character is not in the vocabulary. The message names it.
+        TypeError
+            If `text` is not a str.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"encode takes a str, got {type(text).__name__}")
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        ids = codes.astype(np.int64) - 31
+        ids[codes == ord("\n")] = 0
+        unknown = (codes != ord("\n")) & ((codes < 32) | (codes > 126))
+        if unknown.any():
+            at = int(unknown.argmax())
+            raise ValueError(
+                f"character {text[at]!r} at {at} is not newline or printable ASCII; "
+                "`plain` converts what it can"
+            )
+        return ids
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        """Convert token ids, (T,), to text.
+
+        Raises
+        ------
+        ValueError
+            If an id is outside 0..95.
+        TypeError
+            If the ids are not integers.
+        """
+        ids = np.asarray(ids)
+        ids = token_ids(ids, self.vocab_size) if ids.size else ids.astype(np.int64)
+        return "".join(self.characters[i] for i in ids.ravel())
+
+
+_KNOWN = frozenset(CharTokenizer.characters)
+_PLAIN = str.maketrans({
+    "\t": "    ", "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
+    "\u2013": "-", "\u2014": "--", "\u2026": "...", "\u00a0": " ", "\u2022": "*",
+})
+
+
+def plain(text: str) -> str:
+    """Return the text in the tokenizer's 96 characters.
+
+    Tabs, typographic quotes, dashes and the like become ASCII. Other characters are dropped.
+    """
+    return "".join(c for c in text.translate(_PLAIN) if c in _KNOWN)

@@ -1,0 +1,198 @@
+"""Exercise 2: softmax cross-entropy and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minilora.exercises.arrays import normal, softmax
+from minilora.exercises.comparison import Case
+from minilora.exercises.engine import Mistake, Task, check
+from minilora.exercises.outcome import Passed
+
+NUMBER = 2
+# Name of the check: the name that a submission must define.
+DEFINED = {"cross_entropy": "cross_entropy"}
+
+
+def _one_hot(targets: np.ndarray, width: int, shift: int = 0) -> np.ndarray:
+    """Return an array (N, width) with a 1 at each target, moved `shift` columns to the right."""
+    return np.eye(width, dtype=np.float32)[(targets + shift) % width]
+
+
+def _entropy(logits: np.ndarray, targets: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Return the loss of each row (N,)."""
+    z = logits - logits.max(axis=axis, keepdims=True)
+    log_p = z - np.log(np.exp(z).sum(axis=axis, keepdims=True))
+    return -log_p[np.arange(len(targets)), targets]
+
+
+def _reference(logits: np.ndarray, targets: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Return the loss and its gradient (N, V)."""
+    p = softmax(logits)
+    return _entropy(logits, targets).mean(), (p - _one_hot(targets, p.shape[1])) / len(targets)
+
+
+def _case(n: int, v: int, scale: float = 1.0, shift: float = 0.0) -> Case:
+    """Return logits (n, v) and targets (n,)."""
+    targets = np.random.default_rng([n, v]).integers(0, v, n)
+    logits = scale * normal(n, v) + shift
+    if n > 1:  # rows far apart; the first is predicted badly
+        targets[0] = logits[0].argmin()
+        logits[-1] -= 3.0
+    return {"logits": logits, "targets": targets}
+
+
+def _naive(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return the loss of each row (N,), without subtracting anything in the exponentials."""
+    p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    return -np.log(p[np.arange(len(targets)), targets])
+
+
+def _sums(logits: np.ndarray) -> np.ndarray:
+    """Return the sum of each row's exponentials (N, 1)."""
+    return np.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1, keepdims=True)
+
+
+def _shifted(logits: np.ndarray, targets: np.ndarray, shift: Any) -> tuple[Any, np.ndarray]:
+    """Return loss and gradient with `shift` subtracted instead of each row's maximum."""
+    z = logits - shift
+    e = np.exp(z)
+    log_p = z - np.log(e.sum(axis=-1, keepdims=True))
+    p = e / e.sum(axis=-1, keepdims=True)
+    rows = np.arange(len(targets))
+    return -log_p[rows, targets].mean(), (p - _one_hot(targets, p.shape[1])) / len(targets)
+
+
+_OVERFLOW = ("exp overflows where logits are large. Subtract the row's maximum first: it changes "
+             "nothing, since numerator and denominator get the same factor.")
+
+CROSS_ENTROPY = Task(
+    name="cross_entropy",
+    outputs=("loss", "dlogits"),
+    reference=_reference,
+    cases=[_case(2, 3), _case(3, 3), _case(1, 4), _case(5, 2),
+           _case(4, 7, 3.0), _case(3, 5, 1.0, 1000.0), _case(3, 4, 400.0),
+           {"logits": np.array([[0.0, 0.0, 0.0, 750.0], [0.0, 1.0, 2.0, 0.0]]),
+            "targets": np.array([0, 2])},
+           _case(3, 4, 1.0, -1000.0), _case(3, 3, 600.0), _case(2, 1)],
+    mistakes={
+        "loss": [
+            Mistake("this is the sum over the rows, not the mean.",
+                    lambda logits, targets: _entropy(logits, targets).sum()),
+            Mistake("the minus sign is missing: the loss is -log p, which is positive.",
+                    lambda logits, targets: -_entropy(logits, targets).mean()),
+            Mistake("the logarithm is to base 2 (or 10); nats need the natural one, np.log.",
+                    lambda logits, targets: _entropy(logits, targets).mean() / np.log(2.0)),
+            Mistake("this is one loss for each row; return their mean.", _entropy),
+            Mistake("the soft-max is over the wrong axis: each row is one distribution.",
+                    lambda logits, targets: _entropy(logits, targets, axis=0).mean()),
+            Mistake(_OVERFLOW, lambda logits, targets: _naive(logits, targets).mean()),
+            Mistake("the maximum must be each row's own: max(axis=-1, keepdims=True). One for all "
+                    "rows makes rows with small logits underflow.",
+                    lambda logits, targets: _shifted(logits, targets, logits.max())[0]),
+            Mistake("the mean was subtracted; it is the maximum that keeps exp from overflowing.",
+                    lambda logits, targets: _shifted(
+                        logits, targets, logits.mean(axis=-1, keepdims=True))[0]),
+            Mistake("the maximum was taken over the wrong axis: max(axis=-1, keepdims=True).",
+                    lambda logits, targets: _shifted(logits, targets, logits.max(axis=0))[0]),
+            Mistake("the maximum is missing, and exp of very small logits underflows to 0 (or "
+                    "overflows).",
+                    lambda logits, targets: _shifted(logits, targets, 0.0)[0]),
+            Mistake("adding a small number inside the logarithm (or clipping) hides the problem "
+                    "and gives wrong losses. Take z - max - log(sum(exp(z - max))).",
+                    lambda logits, targets: -np.log(
+                        softmax(logits)[np.arange(len(targets)), targets] + 1e-12).mean()),
+            Mistake("clipping probabilities hides the problem and gives wrong losses. Take z - max "
+                    "- log(sum(exp(z - max))).",
+                    lambda logits, targets: -np.log(np.maximum(
+                        softmax(logits)[np.arange(len(targets)), targets], 1e-12)).mean()),
+            Mistake("the sum of the exponentials is missing (the denominator).",
+                    lambda logits, targets: -(logits - logits.max(-1, keepdims=True))[
+                        np.arange(len(targets)), targets].mean()),
+            Mistake("the maximum was subtracted in the exponentials, and not from the logit.",
+                    lambda logits, targets: (_entropy(logits, targets)
+                                             - logits.max(axis=-1)).mean()),
+            Mistake("the logarithm is missing.", lambda logits, targets: -softmax(logits)[
+                np.arange(len(targets)), targets].mean()),
+            Mistake("the exponentials are summed over the whole batch: "
+                    "sum(axis=-1, keepdims=True).",
+                    lambda logits, targets: (_entropy(logits, targets) + np.log(_sums(logits).sum())
+                                             - np.log(_sums(logits)[:, 0])).mean()),
+            Mistake("log of a probability that has underflowed to 0 is -inf. Take z - max - "
+                    "log(sum(exp(z - max))) instead of log(p).",
+                    lambda logits, targets: -np.log(
+                        softmax(logits)[np.arange(len(targets)), targets]).mean()),
+            Mistake("the mean is over all N V entries; divide by N, one target for each row.",
+                    lambda logits, targets: _entropy(logits, targets).sum() / logits.size),
+            Mistake("this is the mean of p, without a logarithm.",
+                    lambda logits, targets: softmax(logits)[
+                        np.arange(len(targets)), targets].mean()),
+            Mistake("the targets are off by one.",
+                    lambda logits, targets: _entropy(
+                        logits, (targets + 1) % logits.shape[1]).mean()),
+            Mistake("the targets are off by one.",
+                    lambda logits, targets: _entropy(
+                        logits, (targets - 1) % logits.shape[1]).mean()),
+        ],
+        "dlogits": [
+            Mistake("it is the gradient of the sum, not of the mean: divide by N.",
+                    lambda logits, targets: softmax(logits) - _one_hot(targets, logits.shape[1])),
+            Mistake("the sign is wrong: it is p - onehot, so that a step against it raises the "
+                    "logit of the target.", lambda logits, targets: (
+                        _one_hot(targets, logits.shape[1]) - softmax(logits)) / len(targets)),
+            Mistake("the 1 is not subtracted at the targets.",
+                    lambda logits, targets: softmax(logits) / len(targets)),
+            Mistake("the 1 is not subtracted at the targets, and it is not divided by N.",
+                    lambda logits, targets: softmax(logits)),
+            Mistake("it is divided by V or by N V; the mean is over the N rows.",
+                    lambda logits, targets: (softmax(logits) - _one_hot(
+                        targets, logits.shape[1])) / logits.size),
+            Mistake("it is divided by V; the mean is over the N rows.",
+                    lambda logits, targets: (softmax(logits) - _one_hot(
+                        targets, logits.shape[1])) / logits.shape[1]),
+            Mistake("the targets are off by one.", lambda logits, targets: (softmax(
+                logits) - _one_hot(targets, logits.shape[1], 1)) / len(targets)),
+            Mistake("the targets are off by one.", lambda logits, targets: (softmax(
+                logits) - _one_hot(targets, logits.shape[1], -1)) / len(targets)),
+            Mistake("the soft-max is over the wrong axis: each row is one distribution.",
+                    lambda logits, targets: (softmax(logits, 0) - _one_hot(
+                        targets, logits.shape[1])) / len(targets)),
+            Mistake(_OVERFLOW, lambda logits, targets: (
+                np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+                - _one_hot(targets, logits.shape[1])) / len(targets)),
+            Mistake("the maximum must be each row's own: max(axis=-1, keepdims=True).",
+                    lambda logits, targets: _shifted(logits, targets, logits.max())[1]),
+            Mistake("the 1 is subtracted after dividing by N; divide p - onehot as a whole.",
+                    lambda logits, targets: softmax(logits) / len(targets) - _one_hot(
+                        targets, logits.shape[1])),
+            Mistake("1 is subtracted in whole columns: p[:, targets] takes every row. Index with "
+                    "both, p[np.arange(N), targets].", lambda logits, targets: (softmax(
+                        logits) - _one_hot(targets, logits.shape[1]).max(axis=0)) / len(targets)),
+            Mistake("1 is subtracted in the whole row or column instead of at one place: index "
+                    "with both p[np.arange(N), targets].", lambda logits, targets: (
+                        softmax(logits) - 1) / len(targets)),
+        ],
+    },
+    read={"loss": "loss = -(1/N) sum of log p[target], log p = z - max - log sum exp(z - max).",
+          "dlogits": "d(-log p_t)/dz_j = p_j - (1 if j is the target, else 0); 1/N of the mean."},
+    factors=lambda logits, targets: {"N (the number of rows)": len(targets)},
+)
+
+
+def cross_entropy(function: Callable[..., Any]) -> Passed:
+    """Check exercise 2: loss, dlogits = cross_entropy(logits, targets).
+
+    Parameters
+    ----------
+    function
+        Takes logits (N, V) and integer targets (N,); returns the mean loss and its gradient (N, V).
+
+    Raises
+    ------
+    CheckFailed
+        If the answer is wrong; the message says what is wrong with it.
+    """
+    return check(CROSS_ENTROPY, function)

@@ -1,0 +1,168 @@
+"""Exercise 7: the gradients of LayerNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minilora.exercises.arrays import normal
+from minilora.exercises.comparison import Case
+from minilora.exercises.engine import Mistake, Task, check
+from minilora.exercises.outcome import Passed
+
+NUMBER = 7
+# Name of the check: the name that a submission must define.
+DEFINED = {"layer_norm_backward": "layer_norm_backward"}
+
+
+def _normalised(x: np.ndarray, eps: float, ddof: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return the normalised x (N, C) and 1 / sqrt(var + eps) (N, 1)."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    rstd = 1 / np.sqrt(x.var(axis=-1, keepdims=True, ddof=ddof) + eps)
+    return centred * rstd, rstd
+
+
+def _mean(x: np.ndarray) -> np.ndarray:
+    """Return the mean of each row (N, 1)."""
+    return x.mean(axis=-1, keepdims=True)
+
+
+def _reference(
+    dout: np.ndarray, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the gradients of x (N, C), weight (C,) and bias (C,)."""
+    xhat, rstd = _normalised(x, eps)
+    g = dout * weight
+    dx = rstd * (g - _mean(g) - xhat * _mean(g * xhat))
+    return dx, (dout * xhat).sum(axis=0), dout.sum(axis=0)
+
+
+def _forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+    """Return the output of LayerNorm (N, C)."""
+    return _normalised(x, eps)[0] * weight + bias
+
+
+def _case(n: int, c: int, eps: float = 0.01) -> Case:
+    """Return dout and x (n, c), weight and bias (c,), and eps."""
+    return {"dout": normal(n, c, seed=3), "x": 2 * normal(n, c) + 1, "weight": normal(c, seed=4),
+            "bias": normal(c, seed=5), "eps": eps}
+
+
+def _dx(change: str) -> Callable[..., np.ndarray]:
+    """Return a function that computes dx with the mistake `change`."""
+
+    def wrong(
+        dout: np.ndarray, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float
+    ) -> np.ndarray:
+        xhat, rstd = _normalised(x, eps, ddof=1 if change == "ddof" else 0)
+        g, c = dout if change == "no weight" else dout * weight, x.shape[1]
+        if change in ("no eps", "hard eps"):
+            xhat, rstd = _normalised(x, 0.0 if change == "no eps" else 1e-5)
+        if change == "no root":
+            rstd = 1 / (x.var(axis=-1, keepdims=True) + eps)
+            xhat = (x - _mean(x)) * rstd
+        if change == "everything":
+            xhat = (x - x.mean()) / np.sqrt(x.var() + eps)
+            return (g - g.mean() - xhat * (g * xhat).mean()) / np.sqrt(x.var() + eps)
+        if change == "eps outside":
+            std = x.std(axis=-1, keepdims=True) + eps
+            xhat, rstd = (x - _mean(x)) / std, 1 / std
+        return {
+            "only rstd": rstd * g,
+            "no mean": rstd * (g - xhat * _mean(g * xhat)),
+            "no projection": rstd * (g - _mean(g)),
+            "no rstd": g - _mean(g) - xhat * _mean(g * xhat),
+            "sums": rstd * (g - c * _mean(g) - c * xhat * _mean(g * xhat)),
+            "no xhat": rstd * (g - _mean(g) - _mean(g * xhat)),
+            "x": rstd * (g - _mean(g) - x * _mean(g * x)),
+            "axis": rstd * (g - g.mean(axis=0) - xhat * (g * xhat).mean(axis=0)),
+            "plus": rstd * (g - _mean(g) + xhat * _mean(g * xhat)),
+            "weight late": weight * rstd * (dout - _mean(dout) - xhat * _mean(dout * xhat)),
+        }.get(change, rstd * (g - _mean(g) - xhat * _mean(g * xhat)))
+
+    return wrong
+
+
+LAYER_NORM_BACKWARD = Task(
+    name="layer_norm_backward",
+    outputs=("dx", "dweight", "dbias"),
+    reference=_reference,
+    cases=[_case(*c) for c in [(2, 3), (4, 4), (1, 5), (3, 2), (6, 8, 1e-5), (5, 7, 1.0)]],
+    mistakes={
+        "dx": [
+            Mistake("mean and variance were taken for constants: they depend on x, too.",
+                    _dx("only rstd")),
+            Mistake("the term mean(g) is missing: the mean of x depends on every x.",
+                    _dx("no mean")),
+            Mistake("the term xhat * mean(g * xhat) is missing: the variance depends on every x.",
+                    _dx("no projection")),
+            Mistake("the factor 1 / sqrt(var + eps) is missing.", _dx("no rstd")),
+            Mistake("there are sums where means should be: divide by C.", _dx("sums")),
+            Mistake("the weight is missing: g = dout * weight.", _dx("no weight")),
+            Mistake("mean(g * xhat) is to be multiplied by xhat.", _dx("no xhat")),
+            Mistake("it has x where the normalised xhat should be.", _dx("x")),
+            Mistake("the means are over the wrong axis: every row is normalised by itself.",
+                    _dx("axis")),
+            Mistake("one sign is wrong: both means are subtracted.", _dx("plus")),
+            Mistake("the weight comes in at the end; it belongs inside: g = dout * weight first.",
+                    _dx("weight late")),
+            Mistake("the variance divides by C - 1; LayerNorm's divides by C.", _dx("ddof")),
+            Mistake("eps is added outside the root: it is sqrt(var + eps).", _dx("eps outside")),
+            Mistake("eps is missing.", _dx("no eps")),
+            Mistake("eps is 1e-5 whatever is given.", _dx("hard eps")),
+            Mistake("the root is missing: it is 1 / sqrt(var + eps).", _dx("no root")),
+            Mistake("mean and variance are of all numbers; every row has its own (axis=-1).",
+                    _dx("everything")),
+        ],
+        "dweight": [
+            Mistake("it has x where the normalised xhat should be.",
+                    lambda dout, x, **_: (dout * x).sum(axis=0)),
+            Mistake("it is the mean over the rows, not the sum.",
+                    lambda dout, x, eps, **_: (dout * _normalised(x, eps)[0]).mean(axis=0)),
+            Mistake("it is the sum over the wrong axis: weight has one entry for each column.",
+                    lambda dout, x, eps, **_: (dout * _normalised(x, eps)[0]).sum(axis=1)),
+            Mistake("the sum over the rows is missing.",
+                    lambda dout, x, eps, **_: dout * _normalised(x, eps)[0]),
+            Mistake("xhat is missing: that is dbias.", lambda dout, **_: dout.sum(axis=0)),
+            Mistake("the variance divides by C - 1; LayerNorm's divides by C.",
+                    lambda dout, x, eps, **_: (dout * _normalised(x, eps, 1)[0]).sum(axis=0)),
+            Mistake("the weight itself is in it.", lambda dout, x, weight, eps, **_: (
+                dout * weight * _normalised(x, eps)[0]).sum(axis=0)),
+        ],
+        "dbias": [
+            Mistake("it is the mean over the rows, not the sum.",
+                    lambda dout, **_: dout.mean(axis=0)),
+            Mistake("it is the sum over the wrong axis: bias has one entry for each column.",
+                    lambda dout, **_: dout.sum(axis=1)),
+            Mistake("the sum over the rows is missing.", lambda dout, **_: dout),
+            Mistake("the weight is in it; the bias is added after the weight.",
+                    lambda dout, weight, **_: (dout * weight).sum(axis=0)),
+        ],
+    },
+    read={"dx": "dx = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(var + eps), g = dout * weight, "
+                "means over each row.",
+          "dweight": "dweight = sum over rows of dout * xhat.",
+          "dbias": "dbias = sum over rows of dout."},
+    factors=lambda dout, **_: {"N (the number of rows)": len(dout),
+                               "C (the width)": dout.shape[1]},
+    forward=_forward,
+)
+
+
+def layer_norm_backward(function: Callable[..., Any]) -> Passed:
+    """Check exercise 7: dx, dweight, dbias = layer_norm_backward(dout, x, weight, bias, eps).
+
+    Parameters
+    ----------
+    function
+        Takes dout and x (N, C), weight and bias (C,), and eps; returns the gradients of x,
+        weight and bias.
+
+    Raises
+    ------
+    CheckFailed
+        If the answer is wrong; the message says what is wrong with it.
+    """
+    return check(LAYER_NORM_BACKWARD, function)

@@ -1,0 +1,149 @@
+"""Exercise 8: the gradients of causal attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minilora.exercises.arrays import normal, softmax
+from minilora.exercises.comparison import Case
+from minilora.exercises.engine import Mistake, Task, check
+from minilora.exercises.outcome import Passed
+
+NUMBER = 8
+# Name of the check: the name that a submission must define.
+DEFINED = {"attention_backward": "attention_backward"}
+
+
+def _probabilities(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Return the causal softmax of the scores (T, T)."""
+    scores = q @ k.T / q.shape[1] ** 0.5
+    return softmax(scores + np.triu(np.full(scores.shape, -np.inf, scores.dtype), k=1))
+
+
+def _reference(
+    dout: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the gradients of q, k and v, each (T, D)."""
+    p, scale = _probabilities(q, k), q.shape[1] ** -0.5
+    dp = dout @ v.T
+    ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True)) * scale
+    return ds @ k, ds.T @ q, p.T @ dout
+
+
+def _case(t: int, d: int, scale: float = 1.5) -> Case:
+    """Return dout, q, k and v, each (t, d)."""
+    case = {name: 1.5 * normal(t, d, seed=i) for i, name in enumerate(("dout", "q", "k", "v"))}
+    return case | {"q": scale * case["q"], "k": scale * case["k"]}
+
+
+def _wrong_probabilities(q: np.ndarray, k: np.ndarray, change: str) -> np.ndarray:
+    """Return the probabilities (T, T), with the mistake `change` if it concerns them."""
+    d = q.shape[1]
+    factors = {"no scale at all": 1.0, "scale late": 1.0, "1/D": 1 / d}
+    scores = q @ k.T * factors.get(change, d**-0.5)
+    ones = np.ones_like(scores)
+    masks = {"no mask": ones, "mask late": ones, "future": np.triu(ones),
+             "strict": np.tril(ones, -1)}
+    scores = np.where(masks.get(change, np.tril(ones)) > 0, scores, -np.inf)
+    if change == "overflow":
+        return np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    p = softmax(scores, 0 if change == "columns" else -1)
+    return p * np.tril(ones) if change == "mask late" else p
+
+
+def _wrong(output: int, change: str) -> Callable[..., np.ndarray]:
+    """Return a function that computes one of the three gradients with the mistake `change`."""
+
+    def wrong(dout: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        d = q.shape[1]
+        p = _wrong_probabilities(q, k, change)
+        dp = dout @ v.T
+        inner = (dp * p).sum(axis=0 if change == "axis" else -1, keepdims=True)
+        ds = {
+            "no inner": p * dp,
+            "no p": dp - inner,
+            "own slope": p * (1 - p) * dp,
+            "plain sum": p * (dp - dp.sum(axis=-1, keepdims=True)),
+        }.get(change, p * (dp - inner))
+        factors = {"no scale": 1.0, "no scale at all": 1.0, "1/D": 1 / d}
+        ds = ds * factors.get(change, d**-0.5)
+        return {
+            "swap": (ds.T @ q, ds @ k, p.T @ dout),
+            "not transposed": (ds.T @ k, ds @ q, p @ dout),
+        }.get(change, (ds @ k, ds.T @ q, p.T @ dout))[output]
+
+    return wrong
+
+
+_MASK = "the causal mask is missing: a position must not look at later ones."
+_LATE = ("the mask is put on after the soft-max, so the rows do not sum to 1: it belongs into the "
+         "scores, as -inf.")
+_INNER = "the soft-max's second term is missing: dS = P * (dP - sum of dP * P in the row)."
+_SCALE = "the factor 1 / sqrt(D) is missing on the way back."
+_ALL = "the factor 1 / sqrt(D) is missing, in the scores and on the way back."
+
+ATTENTION_BACKWARD = Task(
+    name="attention_backward",
+    outputs=("dq", "dk", "dv"),
+    reference=_reference,
+    cases=[_case(*c) for c in [(3, 2), (2, 2), (4, 3), (1, 3), (5, 1), (7, 4), (4, 4),
+                               (5, 4, 40.0)]],
+    mistakes={
+        name: [
+            Mistake(_MASK, _wrong(i, "no mask")),
+            Mistake(_LATE, _wrong(i, "mask late")),
+            Mistake(_ALL, _wrong(i, "no scale at all")),
+            Mistake("exp overflows where scores are large: subtract each row's maximum first.",
+                    _wrong(i, "overflow")),
+            Mistake("the mask is on the wrong side: it hides the past and shows the future.",
+                    _wrong(i, "future")),
+            Mistake("the mask hides the diagonal as well: a position looks at itself, too (k=1).",
+                    _wrong(i, "strict")),
+            Mistake("the factor is 1 / D; it is 1 / sqrt(D).", _wrong(i, "1/D")),
+            Mistake("the soft-max is over the wrong axis: each row of scores is one distribution.",
+                    _wrong(i, "columns")),
+            Mistake("the factor 1 / sqrt(D) is missing in the scores; it is there on the way back.",
+                    _wrong(i, "scale late")),
+            *([] if name == "dv" else [
+                Mistake(_INNER, _wrong(i, "no inner")),
+                Mistake(_SCALE, _wrong(i, "no scale")),
+                Mistake("the sum in the soft-max's gradient is over the wrong axis: each row of P "
+                        "is one distribution.", _wrong(i, "axis")),
+                Mistake("P (1 - P) is only the diagonal of the soft-max's gradient: every P_i "
+                        "depends on every S_j.", _wrong(i, "own slope")),
+                Mistake("the sum in the soft-max's gradient is of dP * P, not of dP.",
+                        _wrong(i, "plain sum")),
+                Mistake("P is missing in front: dS = P * (dP - sum of dP * P).",
+                        _wrong(i, "no p")),
+                Mistake("dq and dk are swapped: dq = dS k, dk = dSᵀ q.", _wrong(i, "swap")),
+            ]),
+            Mistake("a transpose is missing or too much: dq = dS k, dk = dSᵀ q, dv = Pᵀ dout.",
+                    _wrong(i, "not transposed")),
+        ]
+        for i, name in enumerate(("dq", "dk", "dv"))
+    },
+    read={"dq": "dS = P * (dP - sum(dP * P)), dP = dout vᵀ; dq = dS k / sqrt(D).",
+          "dk": "dk = dSᵀ q / sqrt(D), with dS = P * (dP - sum(dP * P)).",
+          "dv": "out = P v, so dv = Pᵀ dout, with P = softmax(q kᵀ / sqrt(D) + mask)."},
+    factors=lambda dout, **_: {"sqrt(D)": dout.shape[1] ** 0.5, "T": len(dout)},
+    forward=lambda q, k, v: _probabilities(q, k) @ v,
+)
+
+
+def attention_backward(function: Callable[..., Any]) -> Passed:
+    """Check exercise 8: dq, dk, dv = attention_backward(dout, q, k, v).
+
+    Parameters
+    ----------
+    function
+        Takes dout, q, k and v, each (T, D); returns the gradients of q, k and v.
+
+    Raises
+    ------
+    CheckFailed
+        If the answer is wrong; the message says what is wrong with it.
+    """
+    return check(ATTENTION_BACKWARD, function)

@@ -1,0 +1,180 @@
+"""Exercise 12: find the layer that an adapter changes most, and the update's effective rank."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minilora.exercises.outcome import Passed, failed, run
+from minilora.lora.adapter import Adapter, Factors
+
+NUMBER = 12
+# Name of the check: the name that a submission must define.
+DEFINED = {"diagnosis": "diagnose"}
+
+_NAME = "diagnose"
+_READ = ("||scale A B|| in the Frobenius norm; singular values squared and summed up to 90% of "
+         "their sum.")
+
+
+def diagnosis(function: Callable[[Adapter], tuple[str, int]]) -> Passed:
+    """Check exercise 12: layer, rank = diagnose(adapter).
+
+    Parameters
+    ----------
+    function
+        Takes an adapter; returns the name of the layer that is changed most, and the effective
+        rank of its update.
+
+    Raises
+    ------
+    CheckFailed
+        If the answer is wrong; the message says what is wrong with it.
+    """
+    adapters = [_adapter(seed) for seed in range(16)]
+    answers = [(adapter, _answer(function, adapter)) for adapter in adapters]
+    _check_layer(answers)
+    _check_rank(answers)
+    return Passed(_NAME, f"Checked on {len(answers)} adapters.")
+
+
+def effective_rank(f: Factors, share: float = 0.9) -> int:
+    """Return how many singular values of the update hold `share` of its squared norm."""
+    squares = np.linalg.svd(f.delta_weight().astype(np.float64), compute_uv=False) ** 2
+    return int(np.searchsorted(np.cumsum(squares), share * squares.sum() * (1 - 1e-9)) + 1)
+
+
+def _adapter(seed: int) -> Adapter:
+    """Return an adapter whose layers differ in scale, size, and how fast singular values fall."""
+    rng, layers = np.random.default_rng(seed), {}
+    paths = ["h.0.attn.q_proj", "h.0.mlp.up_proj", "h.0.mlp.down_proj", "h.1.attn.v_proj"]
+    for path in rng.permutation(paths).tolist():
+        n, m = {"up": (12, 30), "do": (30, 12)}.get(path.rpartition(".")[2][:2], (12, 12))
+        r = int(rng.integers(2, 9))
+        a, b = rng.standard_normal((n, r)), rng.standard_normal((r, m))
+        b *= np.exp(-rng.uniform(0.0, 1.2) * np.arange(r))[:, None]
+        layers[path] = Factors(a, rng.uniform(0.2, 3.0) * b, float(rng.uniform(1, 40)))
+    if seed % 2:  # one layer has the largest singular value, another the largest norm
+        peak, flat = rng.permutation(list(layers))[:2].tolist()
+        largest = max(f.norm() for f in layers.values())
+        for path, values in ((peak, [2.0]), (flat, [1.2] * 4)):
+            u, _ = np.linalg.qr(rng.standard_normal((len(layers[path].A), len(values))))
+            v, _ = np.linalg.qr(rng.standard_normal((layers[path].B.shape[1], len(values))))
+            layers[path] = Factors(u, largest * np.array(values)[:, None] * v.T, float(len(values)))
+    return Adapter(layers)
+
+
+def _answer(function: Callable[[Adapter], Any], adapter: Adapter) -> tuple[str, int]:
+    """Return the learner's answer for an adapter, after checking its types."""
+    given = copy.deepcopy(adapter)
+    got = run(_NAME, lambda: function(given))
+    if list(given.layers) != list(adapter.layers) or any(
+        not np.array_equal(x, y) for p in adapter.layers
+        for x, y in zip(adapter.layers[p].arrays, given.layers[p].arrays, strict=True)
+    ):
+        raise failed(_NAME, "It changes the adapter that it was given.")
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
+        raise failed(_NAME, "It should return two things, the name of the layer and the rank.")
+    if not isinstance(got[0], str) or got[0] not in adapter.layers:
+        raise failed(_NAME, f"The first thing should be the name of a layer, one of "
+                     f"{', '.join(adapter.layers)}; yours is {got[0]!r:.80}.")
+    if not isinstance(got[1], (int, np.integer)) or isinstance(got[1], bool):
+        raise failed(_NAME, f"The second thing should be a whole number; yours is {got[1]!r}.")
+    return got[0], int(got[1])
+
+
+# ---- The layer
+
+_norm = np.linalg.norm
+# What a learner may take for the size of an update, and what is wrong with it.
+_WRONG_SIZES: list[tuple[Callable[[Factors], Any], str]] = [
+    (lambda f: _norm(f.A @ f.B), "you leave the scale out, and layers may differ in it."),
+    (lambda f: _norm(f.A) * _norm(f.B), "the norm of a product is not the product of the norms; "
+     "and the scale is missing."),
+    (lambda f: abs(f.scale) * _norm(f.A) * _norm(f.B),
+     "the norm of a product is not the product of the norms."),
+    (lambda f: _norm(f.A), "you look at A alone."),
+    (lambda f: _norm(f.B), "you look at B alone."),
+    (lambda f: _norm(f.A) + _norm(f.B), "you add the norms of A and B; their product counts."),
+    (lambda f: _norm(f.delta_weight(), 2), "that is the largest singular value; the Frobenius "
+     "norm counts all of them."),
+    (lambda f: np.abs(f.delta_weight()).max(), "that is the largest entry; all count."),
+    (lambda f: _norm(f.delta_weight(), "nuc"), "you add the singular values; the Frobenius norm "
+     "adds their squares."),
+    (lambda f: np.abs(f.delta_weight()).sum(), "you add the entries; the norm adds their "
+     "squares."),
+    (lambda f: np.abs(f.delta_weight()).mean(), "that is the mean entry: it divides by the "
+     "size of the layer."),
+    (lambda f: _norm(f.delta_weight()) / f.delta_weight().size ** 0.5,
+     "you divide by the size of the layer."),
+    (lambda f: f.norm() / len(f.A) ** 0.5, "you divide by the size of the layer."),
+    (lambda f: -f.norm(), "that is the layer that changed least."),
+    (lambda f: f.scale, "that is the layer with the largest scale."),
+    (lambda f: f.delta_weight().sum(), "a sum of entries lets positive and negative cancel."),
+    (lambda f: f.rank, "that is the layer with the largest rank."),
+]
+
+
+def _check_layer(answers: list[tuple[Adapter, tuple[str, int]]]) -> None:
+    """Check the names of the layers."""
+
+    def most(size: Callable[[Factors], Any]) -> list[str]:
+        return [max(a.layers, key=lambda p, a=a: size(a.layers[p])) for a, _ in answers]
+
+    got, right = [layer for _, (layer, _) in answers], most(Factors.norm)
+    if got == right:
+        return
+    for size, text in _WRONG_SIZES:
+        if got == most(size):
+            raise failed(_NAME, f"The layer is wrong: {text}", _READ)
+    first = next(i for i, layer in enumerate(got) if layer != right[i])
+    layers = answers[first][0].layers
+    norms = ", ".join(f"{p} {f.norm():.2f}" for p, f in layers.items())
+    raise failed(_NAME, f"The layer is wrong: you say {got[first]}; the norms are {norms}.", _READ)
+
+
+# ---- The effective rank
+
+
+def _reach(s: np.ndarray, power: float, share: float) -> int:
+    """Return how many of the values `s` (r,), raised to `power`, hold `share` of their sum."""
+    sums = np.cumsum(s**power)
+    return int(np.searchsorted(sums, share * sums[-1]) + 1)
+
+
+# What a learner may take for the effective rank, given the singular values (r,), and what is
+# wrong with it.
+_WRONG_RANKS: list[tuple[Callable[[np.ndarray], int], str]] = [
+    (lambda s: _reach(s, 1, 0.9), "you add the singular values; add their squares."),
+    (lambda s: _reach(s, 2, 0.9) - 1, "it is off by one: the value that passes 90% counts."),
+    (lambda s: _reach(s, 2, 0.9) + 1, "it is off by one: what passes 90% is the last."),
+    (lambda s: len(s), "that is the rank r itself, the most that it could be."),
+    (lambda s: _reach(s, 2, 0.99), "that is for 99%."),
+    (lambda s: _reach(s, 2, 0.95), "that is for 95%."),
+    (lambda s: _reach(s, 2, 0.5), "that is for 50%."),
+    (lambda s: (s > 0.1 * s[0]).sum(), "you count values above a tenth of the largest."),
+    (lambda s: _reach(s, 4, 0.9), "you square the singular values twice."),
+    (lambda s: 12, "np.linalg.matrix_rank, or the number of all singular values, is not it."),
+]
+
+
+def _check_rank(answers: list[tuple[Adapter, tuple[str, int]]]) -> None:
+    """Check the effective ranks of the layers that were named."""
+    updates = [adapter.layers[path] for adapter, (path, _) in answers]
+    got, right = [rank for _, (_, rank) in answers], [effective_rank(f) for f in updates]
+    if got == right:
+        return
+    values = [np.linalg.svd(f.delta_weight(), compute_uv=False)[: f.rank] for f in updates]
+    for rule, text in _WRONG_RANKS:
+        if got == [int(rule(s)) for s in values]:
+            raise failed(_NAME, f"The effective rank is wrong: {text}", _READ)
+    first = next(i for i, rank in enumerate(got) if rank != right[i])
+    squares = np.linalg.svd(updates[first].delta_weight(), compute_uv=False) ** 2
+    shares = np.cumsum(squares / squares.sum())[: updates[first].rank]
+    held = ", ".join(f"{share:.3f}" for share in shares)
+    path = answers[first][1][0]
+    raise failed(_NAME, f"The effective rank of {path} is wrong: you say {got[first]}; the first "
+                 f"singular values hold {held} of the squared norm.", _READ)

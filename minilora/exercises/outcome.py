@@ -1,0 +1,116 @@
+"""The outcome of a check, and the call of a learner's code."""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = str(Path(__file__).parent)
+
+
+class CheckFailed(AssertionError):
+    """A wrong answer. A notebook shows its message without a stack trace.
+
+    Attributes
+    ----------
+    inputs
+        The arguments on which the function was wrong, by name, if they are known.
+    """
+
+    inputs: dict[str, Any] | None = None
+
+    def _render_traceback_(self, *_: Any) -> list[str]:
+        """Return the lines that IPython shows instead of a stack trace."""
+        return str(self).split("\n")
+
+
+class NoResult(CheckFailed):
+    """The code returned nothing to compare on one input; other inputs may still explain why."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """The result of a check if the answer is correct.
+
+    Parameters
+    ----------
+    name
+        Name of the function or class that was checked.
+    what
+        A sentence saying what was checked.
+    """
+
+    name: str
+    what: str
+    passed: bool = True
+
+    def __repr__(self) -> str:
+        return f"{self.name}: correct. {self.what}"
+
+
+def failed(
+    name: str, text: str, read: str = "", kind: type[CheckFailed] = CheckFailed
+) -> CheckFailed:
+    """Return the error for a wrong answer.
+
+    Parameters
+    ----------
+    name
+        Name of the function or class that was checked.
+    text
+        What is wrong.
+    read
+        What to read again; "" leaves that line out.
+    kind
+        Class of the error.
+    """
+    return kind(f"{name}: not yet.\n{text}" + (f"\nRead again: {read}" if read else ""))
+
+
+def run(name: str, call: Callable[[], Any]) -> Any:
+    """Call the learner's code and return its result.
+
+    Parameters
+    ----------
+    name
+        Name of the function or class that is checked.
+    call
+        Runs the learner's code.
+
+    Raises
+    ------
+    CheckFailed
+        If the code raises an error; the message shows the learner's line.
+    """
+    try:
+        with np.errstate(all="ignore"):
+            return call()
+    except CheckFailed:
+        raise
+    except NotImplementedError:
+        raise CheckFailed(f"{name}: not implemented yet. Fill in the gap and run it again."
+                          ) from None
+    except RecursionError:
+        raise failed(name, "Your code calls itself endlessly.") from None
+    except Exception as error:
+        raise failed(name, describe_exception(error), kind=NoResult) from None
+
+
+def describe_exception(error: BaseException) -> str:
+    """Return what was raised, and the learner's line that raised it."""
+    text = f"Your code raised {type(error).__name__}: {str(error)[:500]}"
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(HERE) and "site-packages" not in frame.filename
+    ]
+    if isinstance(error, SyntaxError) or not frames:
+        return text
+    own = [f for f in frames if str(Path(HERE).parent) not in f.filename] or frames
+    line = (own[-1].line or linecache.getline(own[-1].filename, own[-1].lineno or 0)).strip()
+    return f"{text}\nin line {own[-1].lineno}, in {own[-1].name}:\n    {line}"

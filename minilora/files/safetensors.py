@@ -1,0 +1,297 @@
+"""Named arrays on disk: read and write the safetensors format with NumPy alone.
+
+A file is
+
+    8 bytes    n, the length of the header, little-endian
+    n bytes    the header, JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}},
+               and optionally "__metadata__": {text: text}
+    the rest   the arrays one after another, C order, little-endian, without gaps
+
+Unlike a pickle, it contains no code, so a file from a stranger is safe to read. Its numbers may
+still be wrong, so each is checked against the size of the file before memory is allocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from minilora.nn.validate import CheckpointError
+
+DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
+    "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
+}
+NAMES = {np.dtype(code): name for name, code in DTYPES.items() if name != "BF16"}
+MAX_HEADER = 100_000_000  # bytes; the reference implementation has the same limit
+MAX_AXES = 32
+
+
+# ---- Writing
+
+
+def write_atomically(path: str | Path, chunks: bytes | Iterable[bytes]) -> None:
+    """Write bytes to a temporary file beside `path`, then rename it.
+
+    If writing fails or is interrupted, the old file is left as it was.
+
+    Parameters
+    ----------
+    path
+        The file to write. Missing folders are created.
+    chunks
+        The contents, whole or in pieces.
+
+    Raises
+    ------
+    IsADirectoryError
+        If `path` is a directory.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, not a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def save_safetensors(
+    path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+    """Write named arrays to a safetensors file.
+
+    Parameters
+    ----------
+    path
+        The file to write. An old one is replaced only once the new one is complete.
+    tensors
+        {name: array of any shape}.
+    metadata
+        {text: text}, stored in the header.
+
+    Raises
+    ------
+    TypeError
+        If the format has no name for a dtype, a name is not text, or the metadata do not map
+        text to text.
+    """
+    header: dict[str, Any] = {}
+    if metadata:
+        if not all(isinstance(text, str) for item in metadata.items() for text in item):
+            raise TypeError("safetensors metadata must map str to str")
+        header["__metadata__"] = metadata
+    arrays, offset = [], 0
+    for name, tensor in tensors.items():
+        array = _storable(name, tensor)
+        begin, offset = offset, offset + array.nbytes
+        header[name] = {
+            "dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, offset]
+        }
+        arrays.append(array)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the arrays start at a multiple of 8
+    head = struct.pack("<Q", len(text)) + text
+    # The generator copies one array at a time.
+    write_atomically(path, itertools.chain([head], (array.tobytes() for array in arrays)))
+
+
+def _storable(name: str, tensor: np.ndarray) -> np.ndarray:
+    """Return a tensor in C order and little-endian, after checking its name and dtype."""
+    array = np.asarray(tensor)
+    if not isinstance(name, str) or name == "__metadata__":
+        raise TypeError(f"a tensor cannot have the name {name!r}")
+    little = array.dtype.newbyteorder("<")
+    if little not in NAMES:
+        raise TypeError(f"{name}: safetensors has no dtype for {array.dtype}")
+    return array.astype(little, order="C", copy=False)
+
+
+# ---- Reading
+
+
+def load_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+    """Read the named arrays of a safetensors file.
+
+    Parameters
+    ----------
+    path
+        The file to read.
+
+    Returns
+    -------
+    dict
+        {name: writable array} in the file's order and dtypes; BF16 becomes float32.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged.
+    """
+    with open(path, "rb") as file:
+        entries, _, size = _read_header(file, path)
+        data = bytearray(size)
+        if file.readinto(data) != size:
+            raise CheckpointError(f"{path}: the file ends before its last array")
+    return {name: _array(data, entry, f"{path}: {name}") for name, entry in entries.items()}
+
+
+def load_metadata(path: str | Path) -> dict[str, str]:
+    """Read only the metadata of a safetensors file; {} if it has none.
+
+    Raises
+    ------
+    CheckpointError
+        If the header is damaged.
+    """
+    with open(path, "rb") as file:
+        return _read_header(file, path)[1]
+
+
+def describe_safetensors(path: str | Path) -> str:
+    """Return a text that lists the metadata, names, shapes and dtypes of a safetensors file."""
+    tensors, metadata = load_safetensors(path), load_metadata(path)
+    count = sum(array.size for array in tensors.values())
+    lines = [
+        f"safetensors file: {len(tensors)} arrays, {count:,} numbers, "
+        f"{os.stat(path).st_size:,} bytes"
+    ]
+    lines += [f"{key}: {value}" for key, value in metadata.items()]
+    lines += [f"  {name}: {array.shape} {array.dtype}" for name, array in tensors.items()]
+    return "\n".join(lines)
+
+
+def _read_header(
+    file: BinaryIO, path: str | Path
+) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
+    """Return the checked entries, the metadata, and the number of bytes that follow."""
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(8)
+    if len(head) < 8:
+        raise CheckpointError(f"{path}: too short for a safetensors file ({size} bytes)")
+    (length,) = struct.unpack("<Q", head)
+    if length > min(MAX_HEADER, size - 8):
+        raise CheckpointError(
+            f"{path}: its header claims {length} bytes, but {size - 8} follow the length"
+        )
+    header = _parse_header(file.read(length), path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ must map text to text")
+    room = size - 8 - length
+    _check_layout([_checked_span(path, *item) for item in header.items()], room, path)
+    return header, metadata, room
+
+
+def _parse_header(text: bytes, path: str | Path) -> dict[str, Any]:
+    """Return the header as a dict."""
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header must be a JSON object")
+    return header
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a dict of the pairs; ValueError if a key appears twice."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("a key appears twice")
+    return result
+
+
+def _check_layout(spans: list[tuple[int, int, str]], room: int, path: str | Path) -> None:
+    """Check that the arrays (begin, end, name) fill `room` bytes without gaps or overlaps."""
+    end = 0
+    for begin, stop, name in sorted(spans):
+        if begin != end:
+            raise CheckpointError(f"{path}: {name} begins at byte {begin}, expected {end}")
+        end = stop
+    if end != room:
+        raise CheckpointError(f"{path}: its arrays take {end} bytes, the file has {room} for them")
+
+
+def _checked_span(path: str | Path, name: str, entry: Any) -> tuple[int, int, str]:
+    """Check one entry of the header on its own; return (begin, end, name)."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{path}: {name} needs dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype!r}")
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or not all(
+            type(n) is int and 0 <= n < 2**63 for n in numbers
+        ):
+            raise CheckpointError(f"{path}: {name} has a bad {what}: {str(numbers)[:80]}")
+    if len(offsets) != 2 or len(shape) > MAX_AXES:
+        raise CheckpointError(
+            f"{path}: {name} needs two data_offsets and at most {MAX_AXES} axes"
+        )
+    needed = np.dtype(DTYPES[dtype]).itemsize
+    for n in shape:
+        needed *= n
+    if offsets[1] - offsets[0] != needed:
+        raise CheckpointError(
+            f"{path}: {name} of shape {shape} and dtype {dtype} needs {needed} bytes, "
+            f"its offsets hold {offsets[1] - offsets[0]}"
+        )
+    return offsets[0], offsets[1], name
+
+
+def _array(data: bytearray, entry: dict[str, Any], what: str) -> np.ndarray:
+    """Return a copy of the array that a checked entry describes, in the native byte order."""
+    begin, end = entry["data_offsets"]
+    flat = np.frombuffer(memoryview(data)[begin:end], dtype=DTYPES[entry["dtype"]])
+    if entry["dtype"] == "BF16":  # the upper half of a float32
+        flat = (flat.astype(np.uint32) << 16).view(np.float32)
+    try:
+        return flat.reshape(entry["shape"]).astype(flat.dtype.newbyteorder("="))
+    except (ValueError, OverflowError) as error:  # such as the shape (0, 2**62)
+        raise CheckpointError(f"{what}: {error}") from None
+
+
+# ---- JSON
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    CheckpointError
+        If the file contains anything else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
+
+
+def refuse_settings(
+    path: Path, settings: dict[str, Any], allowed: dict[str, tuple[Any, ...]]
+) -> None:
+    """Raise CheckpointError if a setting of the file `path` has none of its allowed values."""
+    for key, values in allowed.items():
+        if key in settings and settings[key] not in values:
+            raise CheckpointError(f"{path}: {key} = {repr(settings[key])[:80]} is not supported")

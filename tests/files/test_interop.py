@@ -1,0 +1,69 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import randomise, tiny_config
+
+import minilora as ml
+from minilora.files.gpt2 import from_hf_gpt2, to_hf_gpt2
+from minilora.files.safetensors import load_safetensors, save_safetensors
+from minilora.nn.validate import CheckpointError
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_weights": True}, {"bias": False}])
+def test_hugging_face_gpt2_round_trip(tmp_path, ids, changes):
+    model = randomise(ml.GPT(tiny_config(**changes), rng=0))
+    to_hf_gpt2(model, tmp_path)
+    again = from_hf_gpt2(tmp_path)
+    np.testing.assert_array_equal(again(ids), model(ids))
+    assert again.config.tie_weights == model.config.tie_weights
+
+
+def test_hugging_face_files_of_other_kinds(tmp_path, ids):
+    model = randomise(ml.GPT(tiny_config(tie_weights=True), rng=0))
+    to_hf_gpt2(model, tmp_path)
+    path = tmp_path / "model.safetensors"
+    bare = {k.removeprefix("transformer."): a for k, a in load_safetensors(path).items()}
+    mask = {"h.0.attn.bias": np.ones((1, 1, 6, 6)), "h.0.attn.masked_bias": np.float32(-1e4)}
+    save_safetensors(path, bare | mask | {"lm_head.weight": bare["wte.weight"]})
+    np.testing.assert_array_equal(from_hf_gpt2(tmp_path)(ids), model(ids))
+
+    path.unlink()
+    names = sorted(bare)
+    shards = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for shard in set(shards.values()):
+        save_safetensors(tmp_path / shard, {n: bare[n] for n in names if shards[n] == shard})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    np.testing.assert_array_equal(from_hf_gpt2(tmp_path)(ids), model(ids))
+    for bad, words in [({}, "weight_map must"), ({"weight_map": {"a": "../x"}}, "weight_map must"),
+                       ({"weight_map": {"a": ".."}}, "weight_map must"),
+                       ({"weight_map": shards | {"a": "model-0.safetensors"}}, "disagree on a")]:
+        index.write_text(json.dumps(bad))
+        with pytest.raises(CheckpointError, match=words):
+            from_hf_gpt2(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model_type": "llama"}, "model_type = 'llama'"), ({"n_inner": 7}, "n_inner = 7"),
+        ({"activation_function": "relu"}, "activation_function = 'relu'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
+        ({"n_head": 3}, "n_heads must divide"), ({"vocab_size": "x"}, "vocab_size"),
+        ({"n_embd": None}, "d_model must be a whole number, got None"),
+        ({"n_layer": 3}, "h.2.mlp.up_proj.weight"), ({"n_embd": 10**9}, "not supported|shape"),
+    ],
+)
+def test_hugging_face_configurations_that_cannot_be_honoured(tmp_path, change, words):
+    to_hf_gpt2(ml.GPT(tiny_config()), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=words):
+        from_hf_gpt2(tmp_path)
+
+
+def test_what_is_no_plain_gpt2(tmp_path):
+    with pytest.raises(ValueError, match="LoRA layers"):
+        to_hf_gpt2(ml.replace_linear_with_lora(ml.GPT(tiny_config()), 2, 8), tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+from conftest import tiny_config
+from helpers_adapters import task
+
+import minilora as ml
+from minilora.files.peft_read import load_adapter
+from minilora.files.peft_write import save_adapter, save_peft
+from minilora.files.safetensors import load_safetensors, save_safetensors
+from minilora.nn.validate import CheckpointError
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"peft_type": "IA3"}, "does not describe a LoRA"), ({"r": 0}, "r must be"),
+        ({"r": 3}, "rank 2 and 2, the configuration says 3"), ({"r": True}, "r must be"),
+        ({"lora_alpha": "8"}, "lora_alpha must be"), ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"lora_dropout": 1.5}, "lora_dropout"), ({"use_dora": True}, "no lora_magnitude_vector"),
+        ({"bias": "all"}, "there are h.0.ln_1.bias"), ({"bias": "some"}, "bias = 'some'"),
+        ({"modules_to_save": ["x"]}, "none of modules_to_save"),
+        ({"lora_alpha": 10**400}, "lora_alpha"), ({"use_rslora": "false"}, "use_rslora"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank 2 and 2, the configuration says 4"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern must be"),
+        ({"rank_pattern": [4]}, "rank_pattern must be"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern must be"),
+        ({"target_modules": "("}, "target_modules must be"),
+        ({"target_modules": None}, "target_modules must be given"),
+        ({"target_modules": ["q_proj"]}, "does not fit h.0.attn.k_proj"),
+        ({"exclude_modules": ["k_proj"]}, "does not fit h.0.attn.k_proj"),
+        ({"layers_to_transform": "0"}, "layers_to_transform must be"),
+        ({"layers_to_transform": 1, "layers_pattern": "h", "target_modules": [
+            "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]},
+         "does not fit h.0.attn.q_proj"),
+        ({"layers_to_transform": 1, "target_modules": ".*"}, "needs a list as target_modules"),
+        ({"layers_to_transform": 1, "layers_pattern": "(?i)h"}, "layers_pattern must be"),
+        ({"rank_pattern": {"(?i)q_proj": 2}}, "rank_pattern must be"),
+        ({"rank_pattern": {"([a-z_.0-9]+)+!": 2}}, "rank_pattern must be"),
+        ({"target_modules": "(.*)*x"}, "target_modules must be"),
+        ({"lora_alpha": 1e299}, "lora_alpha must be"),
+        ({"modules_to_save": "x"}, "modules_to_save must be"),
+        ({"lora_bias": True}, "lora_bias = True is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"use_quantum": True}, "use_quantum = True is not supported"),
+    ],
+)
+def test_configurations_that_cannot_be_honoured(tmp_path, change, words):
+    save_adapter(task(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=words):
+        load_adapter(ml.GPT(tiny_config()), tmp_path)
+
+
+def test_config_and_factors_that_disagree_with_the_model(tmp_path):
+    model = task(targets=["q_proj", "v_proj"])
+    save_peft(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"target_modules": ["c_attn", "c_fc"]}))
+    with pytest.raises(CheckpointError, match="no factors for the targets transformer.h.0.mlp.c_f"):
+        load_adapter(ml.GPT(tiny_config()), tmp_path)
+    path.write_text(json.dumps(config))
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_safetensors(weights)
+    b = next(name for name in tensors if "lora_B" in name)
+    save_safetensors(weights, tensors | {b: tensors[b][:-1]})
+    with pytest.raises(CheckpointError, match="23 outputs, not 3d"):
+        load_adapter(ml.GPT(tiny_config()), tmp_path)
+    save_safetensors(weights, tensors | {b: tensors[b][:-3]})
+    with pytest.raises(CheckpointError, match=r"\(8, 8\) in the model, \(8, 7\) in the adapter"):
+        load_adapter(ml.GPT(tiny_config()), tmp_path)
+    with pytest.raises(CheckpointError, match="no linear layer 'transformer.h.0.attn.c_attn'"):
+        load_adapter(ml.Sequential(ml.Linear(8, 8)), tmp_path)

@@ -1,0 +1,157 @@
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+
+from minilora.files.safetensors import (
+    load_metadata,
+    load_safetensors,
+    save_safetensors,
+    write_atomically,
+)
+from minilora.nn.validate import CheckpointError
+
+
+def test_arrays_come_back_bit_for_bit(tmp_path, rng):
+    x = rng.standard_normal((3, 4))
+    tensors = {code: x.astype(code) for code in ("f2", "f4", "f8")}
+    tensors |= {code: (9 * x).astype(code) for code in ("i1", "i2", "i4", "i8")}
+    tensors |= {code: np.abs(9 * x).astype(code) for code in ("u1", "u2", "u4", "u8")}
+    tensors |= {
+        "bool": x > 0, "scalar": np.float32(3), "empty": np.zeros((0, 5)), "transposed": x.T,
+        "fortran": np.asfortranarray(x), "strided": x[::2, ::-1], "big endian": x.astype(">f4"),
+    }
+    save_safetensors(tmp_path / "x", tensors, {"key": "väl"})
+    loaded = load_safetensors(tmp_path / "x")
+    assert loaded.keys() == tensors.keys()
+    for name, array in tensors.items():
+        assert loaded[name].dtype == np.asarray(array).dtype.newbyteorder("=")
+        np.testing.assert_array_equal(loaded[name], array)
+        assert loaded[name].flags.writeable
+    assert load_metadata(tmp_path / "x") == {"key": "väl"}
+
+
+def test_the_layout_is_the_documented_one(tmp_path):
+    save_safetensors(tmp_path / "x", {"w": np.array([[1, 2], [3, 4]], np.int16).T})
+    raw = (tmp_path / "x").read_bytes()
+    (n,) = struct.unpack("<Q", raw[:8])
+    assert json.loads(raw[8 : 8 + n]) == {
+        "w": {"dtype": "I16", "shape": [2, 2], "data_offsets": [0, 8]}
+    }
+    assert raw[8 + n :] == struct.pack("<4h", 1, 3, 2, 4) and n % 8 == 0
+
+
+def file_of(tmp_path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = tmp_path / "hostile"
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def test_bfloat16_is_decoded(tmp_path):
+    path = file_of(tmp_path, {"x": entry("BF16", (3,), (0, 6))},
+                   struct.pack("<3H", 0x3F80, 0xC000, 0x7F80))
+    loaded = load_safetensors(path)["x"]
+    assert loaded.dtype == np.float32 and loaded.tolist() == [1.0, -2.0, np.inf]
+
+
+@pytest.mark.parametrize(
+    "header, data, words",
+    [
+        ({"x": entry()}, b"1234567", "arrays take 8 bytes, the file has 7"),
+        ({"x": entry()}, b"123456789", "arrays take 8 bytes, the file has 9"),
+        ({"x": entry(), "y": entry()}, b"12345678", "begins at byte 0, expected 8"),
+        ({"x": entry(offsets=(4, 12))}, b"1" * 12, "begins at byte 4, expected 0"),
+        ({"x": entry(shape=(3,))}, b"12345678", "needs 12 bytes"),
+        ({"x": entry(dtype="F64")}, b"12345678", "needs 16 bytes"),
+        ({"x": entry(dtype="F31")}, b"12345678", "unknown dtype 'F31'"),
+        ({"x": entry(dtype=["F32"])}, b"12345678", "unknown dtype"),
+        ({"x": entry(shape=(-2,))}, b"12345678", "bad shape"),
+        ({"x": entry(shape=(2.0,))}, b"12345678", "bad shape"),
+        ({"x": entry(shape=(True, 2))}, b"12345678", "bad shape"),
+        ({"x": entry(offsets=(8, 0))}, b"12345678", "offsets hold -8"),
+        ({"x": entry(offsets=(0, 8, 9))}, b"12345678", "two data_offsets"),
+        ({"x": entry(shape=(2**40, 2**40))}, b"12345678", "needs"),
+        ({"x": entry(shape=(0, 2**62, 2**62), offsets=(0, 0))}, b"", "x: "),
+        ({"x": entry(shape=(2**63,))}, b"12345678", "bad shape"),
+        ({"x": entry(shape=[10**4000] * 3)}, b"12345678", "bad shape"),
+        ({"x": entry(shape=[1] * 99 + [2])}, b"12345678", "32 axes"),
+        ({"x": {"dtype": "F32"}}, b"", "needs dtype, shape and data_offsets"),
+        ({"x": 3}, b"", "needs dtype"),
+        ([], b"", "must be a JSON object"),
+        (b"{", b"", "not JSON"),
+        (b"\xff\xfe", b"", "not JSON"),
+        (b"[" * 100_000, b"", "not JSON"),
+        (b'{"x": 1, "x": 2}', b"", "appears twice"),
+        ({"__metadata__": {"a": 1}}, b"", "map text to text"),
+        ({"__metadata__": 3}, b"", "map text to text"),
+    ],
+)
+def test_hostile_files(tmp_path, header, data, words):
+    with pytest.raises(CheckpointError, match=words) as error:
+        load_safetensors(file_of(tmp_path, header, data))
+    assert "hostile" in str(error.value)
+
+
+@pytest.mark.parametrize("length", [2**60, 2**64 - 1, 100])
+def test_a_header_that_claims_to_be_huge(tmp_path, length):
+    with pytest.raises(CheckpointError, match="claims"):
+        load_safetensors(file_of(tmp_path, b"{}", length=length))
+
+
+def test_random_corruption_is_noticed_or_harmless(tmp_path, rng):
+    tensors = {"a": np.arange(6.0).reshape(2, 3), "b": np.arange(4, dtype=np.int8)}
+    save_safetensors(tmp_path / "x", tensors, {"k": "v"})
+    raw = (tmp_path / "x").read_bytes()
+    (n,) = struct.unpack("<Q", raw[:8])
+    refused = 0
+    for _ in range(10_000):
+        damaged = bytearray(raw)
+        for _ in range(rng.integers(1, 4)):
+            damaged[rng.integers(0, 8 + n)] = rng.integers(0, 256)
+        (tmp_path / "y").write_bytes(damaged)
+        try:
+            loaded = load_safetensors(tmp_path / "y")
+        except CheckpointError:
+            refused += 1
+        else:
+            assert sum(array.nbytes for array in loaded.values()) >= 4 + 48
+    assert refused > 800
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    path = tmp_path / "x"
+    save_safetensors(path, {"a": np.arange(3.0), "b": np.ones((2, 2), np.float32)})
+    raw = path.read_bytes()
+    for n in range(len(raw)):
+        path.write_bytes(raw[:n])
+        with pytest.raises(CheckpointError):
+            load_safetensors(path)
+
+
+@pytest.mark.parametrize("bad", [np.zeros(2, complex), np.array(["a"]), np.array([None])])
+def test_arrays_the_format_cannot_hold(tmp_path, bad):
+    with pytest.raises(TypeError, match="x: safetensors has no dtype"):
+        save_safetensors(tmp_path / "x", {"x": bad})
+    with pytest.raises(TypeError, match="metadata"):
+        save_safetensors(tmp_path / "x", {}, {"a": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "deep" / "x"
+    write_atomically(path, b"old")
+
+    def chunks():
+        yield b"half of the n"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, chunks())
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["x"]

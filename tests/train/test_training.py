@@ -1,0 +1,202 @@
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+import minilora as ml
+from minilora.train import loop as training
+from minilora.train.loop import evaluate, fit
+from minilora.train.parallel import DataParallel, replicate
+
+
+def batches_of(ids, n=1000):
+    return [(ids, np.roll(ids, -1, axis=1))] * n
+
+
+def test_fit_lowers_the_loss_and_records_it(tiny_gpt, ids):
+    batches = batches_of(ids)
+    optimizer = ml.AdamW(tiny_gpt.parameters(), lr=1e-2)
+    history = fit(tiny_gpt, batches, optimizer, 50, validation=batches[:1], validate_every=20,
+                  progress=False)
+    assert history.steps == list(range(50)) and len(history.losses) == len(history.seconds) == 50
+    assert history.losses[-1] < 0.5 * history.losses[0]
+    assert history.validation_steps == [0, 20, 40, 50]
+    assert history.validation_losses[0] == pytest.approx(history.losses[0], rel=1e-5)
+    assert history.validation_losses[-1] == pytest.approx(evaluate(tiny_gpt, batches[:1]), rel=1e-6)
+    n = tiny_gpt.num_parameters()
+    assert history.bytes == {"gradients": 4 * n, "optimizer": 8 * n}
+    assert all(p.grad is None for p in tiny_gpt.parameters())
+    assert all(np.diff(history.seconds) > 0)
+
+
+def test_bytes_of_lora_are_those_of_a_and_b(tiny_gpt, ids):
+    ml.replace_linear_with_lora(tiny_gpt, 2, 4)
+    optimizer = ml.AdamW(tiny_gpt.parameters())
+    history = fit(tiny_gpt, batches_of(ids), optimizer, 2, progress=False)
+    n = tiny_gpt.num_parameters(trainable_only=True)
+    assert history.bytes == {"gradients": 4 * n, "optimizer": 8 * n}
+
+
+def test_schedule_and_end_of_the_batches(tiny_gpt, ids):
+    optimizer = ml.SGD(tiny_gpt.parameters(), lr=9.0)
+    history = fit(tiny_gpt, batches_of(ids, 3), optimizer, 10, progress=False,
+                  schedule=lambda step: 0.1 / (1 + step))
+    assert history.learning_rates == pytest.approx([0.1, 0.05, 0.1 / 3])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_threads_give_the_gradients_of_one(ids, threads):
+    model = ml.GPT(tiny_config(), dtype=np.float64)
+    targets = np.roll(ids, -1, axis=1)
+    loss, dlogits = ml.cross_entropy(model(ids), targets)
+    model.backward(dlogits)
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    with DataParallel(model, threads) as parallel:
+        for _ in range(2):
+            model.zero_grad()
+            assert parallel.loss_and_gradients(ids, targets) == pytest.approx(loss, rel=1e-12)
+            for name, p in model.named_parameters():
+                np.testing.assert_allclose(p.grad, expected[name], atol=1e-12)
+        assert parallel.mean_loss([(ids, targets)] * 3) == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("ignored", [[0, 1, 2, 3, 9], range(6), range(12), range(17)])
+def test_threads_and_ignored_targets(ids, ignored):
+    model = ml.GPT(tiny_config(), dtype=np.float64)
+    targets = np.roll(ids, -1, axis=1)
+    targets.flat[list(ignored)] = -100
+    loss, dlogits = ml.cross_entropy(model(ids), targets)
+    model.backward(dlogits)
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    with DataParallel(model, 3) as parallel:
+        assert parallel.loss_and_gradients(ids, targets) == pytest.approx(loss, rel=1e-12)
+        for name, p in model.named_parameters():
+            np.testing.assert_allclose(p.grad, expected[name], atol=1e-12)
+        assert parallel.mean_loss([(ids, targets)]) == pytest.approx(loss, rel=1e-12)
+        with pytest.raises(ValueError, match="not ignore_index"):
+            parallel.loss_and_gradients(ids, np.full_like(targets, -100))
+
+
+def test_batches_may_be_lists(tiny_gpt, ids):
+    expected = evaluate(tiny_gpt, [(ids, ids), (ids[:1], ids[:1])])
+    lists = [(ids.tolist(), ids.tolist()), (ids[:1].tolist(), ids[:1].tolist())]
+    assert evaluate(tiny_gpt, lists, threads=2) == pytest.approx(expected, rel=1e-6)
+    optimizer = ml.SGD(tiny_gpt.parameters(), lr=0.0)
+    history = fit(tiny_gpt, lists[:1], optimizer, 1, threads=2, progress=False)
+    assert history.losses[0] == pytest.approx(evaluate(tiny_gpt, lists[:1]), rel=1e-6)
+
+
+def test_replicas_drop_different_things():
+    model = ml.GPT(tiny_config(dropout=0.5))
+    masks = [replicate(model).drop(np.ones((9, 9))) for _ in range(3)]
+    assert not np.array_equal(masks[0], masks[1]) and not np.array_equal(masks[1], masks[2])
+
+
+def test_threads_are_reproducible(ids):
+    def run():
+        model = ml.replace_linear_with_lora(ml.GPT(tiny_config(dropout=0.1)), 2, 4, rng=0)
+        fit(model, batches_of(ids), ml.AdamW(model.parameters()), 5, threads=2, progress=False)
+        return ml.lora_state_dict(model)
+
+    one, two = run(), run()
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_replicas_share_weights_and_nothing_else(ids):
+    model = ml.GPT(tiny_config(dropout=0.5))
+    twin = replicate(model)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.data is q.data and p is not q
+    assert not np.array_equal(twin.drop(np.ones((9, 9))), model.drop(np.ones((9, 9))))
+    twin.backward(twin(ids))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_nan_stops_with_step_and_learning_rate(tiny_gpt, ids):
+    tiny_gpt.wte.weight.data[0, 0] = np.nan
+    before = tiny_gpt.state_dict()
+    with pytest.raises(FloatingPointError, match="nan at step 0 with learning rate 0.001"):
+        fit(tiny_gpt, batches_of(np.zeros_like(ids)), ml.AdamW(tiny_gpt.parameters()), 5,
+            progress=False)
+    assert all(np.array_equal(a, before[n], equal_nan=True)
+               for n, a in tiny_gpt.state_dict().items())
+
+
+def test_ctrl_c_returns_what_was_done(tiny_gpt, ids):
+    def batches():
+        yield from batches_of(ids, 4)
+        raise KeyboardInterrupt
+
+    history = fit(tiny_gpt, batches(), ml.AdamW(tiny_gpt.parameters()), 10, progress=False)
+    assert history.interrupted and history.steps == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_bad_steps(tiny_gpt, ids, steps):
+    with pytest.raises(ValueError, match="steps must be 1 or more"):
+        fit(tiny_gpt, batches_of(ids), ml.AdamW(tiny_gpt.parameters()), steps)
+
+
+def test_a_frozen_model_cannot_be_trained(tiny_gpt, ids):
+    optimizer = ml.AdamW(tiny_gpt.parameters())
+    with pytest.raises(ValueError, match="every parameter of the model is frozen"):
+        fit(tiny_gpt.freeze(), batches_of(ids), optimizer, 5)
+
+
+def test_an_optimizer_that_would_train_nothing(tiny_gpt, ids):
+    too_early = ml.AdamW(tiny_gpt.parameters())
+    ml.replace_linear_with_lora(tiny_gpt, 2, 4)
+    with pytest.raises(ValueError, match="make it after replace_linear_with_lora"):
+        fit(tiny_gpt, batches_of(ids), too_early, 5)
+
+
+def test_what_the_optimizer_does_not_hold_gathers_no_gradient(tiny_gpt, ids):
+    head_only = ml.SGD(tiny_gpt.lm_head.parameters(), lr=1e-9)
+    norms = []
+    real = training.clip_grad_norm
+
+    def spy(parameters, max_norm):
+        norms.append(real(parameters, max_norm))
+
+    training.clip_grad_norm, kept = spy, training.clip_grad_norm
+    try:
+        fit(tiny_gpt, batches_of(ids), head_only, 4, clip_norm=1e9, progress=False)
+    finally:
+        training.clip_grad_norm = kept
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-3)
+    assert all(p.grad is None for p in tiny_gpt.parameters())
+
+
+def test_ids_and_targets_of_different_batches(tiny_gpt, ids):
+    optimizer = ml.SGD(tiny_gpt.parameters())
+    for threads in (1, 2):
+        with pytest.raises(ValueError, match="differ in batch size"):
+            fit(tiny_gpt, [(ids, ids[:2])], optimizer, 1, threads=threads, progress=False)
+
+
+def test_validate_every_below_one(tiny_gpt, ids):
+    with pytest.raises(ValueError, match="validate_every must be 1 or more, got 0"):
+        fit(tiny_gpt, batches_of(ids), ml.AdamW(tiny_gpt.parameters()), 5, validate_every=0)
+
+
+def test_evaluate_weighs_batches_by_size_and_needs_one(tiny_gpt, ids):
+    one, two = batches_of(ids)[0], batches_of(ids[:1])[0]
+    expected = (3 * evaluate(tiny_gpt, [one]) + evaluate(tiny_gpt, [two])) / 4
+    assert evaluate(tiny_gpt, [one, two]) == pytest.approx(expected)
+    assert tiny_gpt.training
+    with pytest.raises(ValueError, match="at least one batch"):
+        evaluate(tiny_gpt, [])
+
+
+def test_progress_bar_shows_loss_and_can_be_switched_off(tiny_gpt, ids, capsys):
+    optimizer = ml.AdamW(tiny_gpt.parameters())
+    fit(tiny_gpt, batches_of(ids), optimizer, 3, progress=False)
+    assert capsys.readouterr().err == ""
+    fit(tiny_gpt, batches_of(ids), optimizer, 3, progress=True, description="a run")
+    assert "a run" in capsys.readouterr().err
+
+
+def test_threads_below_one(tiny_gpt):
+    with pytest.raises(ValueError, match="threads must be 1 or more"):
+        training.DataParallel(tiny_gpt, 0)
