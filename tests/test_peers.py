@@ -18,6 +18,7 @@ import peer_runs  # noqa: E402
 import torch  # noqa: E402
 
 from minilora.lab.torch_peer import TorchGPT, add_peft_lora, copy_weights  # noqa: E402
+from minilora.lora.surgery import lora_layers  # noqa: E402
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -79,6 +80,27 @@ def test_we_load_pefts_adapter(tmp_path, rng):
                 p.normal_()
     peer.save_pretrained(tmp_path)
     ml.load_adapter(model, tmp_path)
+    close(model(ids), peer(torch.from_numpy(ids)))
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear"])
+@pytest.mark.parametrize("weights", [[0.7, 0.4], [0.7, -0.4], [-1.5, -0.2]])
+def test_weighted_sums_are_pefts(tmp_path, rng, kind, weights):
+    from peft import PeftModel
+
+    model, peer, ids = fresh_peer(rng)
+    for name in "ab":
+        ml.replace_linear_with_lora(model, 3, 5, ["q_proj", "down_proj"], rng=rng)
+        for _, layer in lora_layers(model):
+            layer.lora.B.data[...] = rng.standard_normal(layer.lora.B.shape)
+        ml.save_adapter(model, tmp_path / name)
+        ml.remove_lora(model)
+    peer = PeftModel.from_pretrained(peer, tmp_path / "a", adapter_name="a")
+    peer.load_adapter(tmp_path / "b", adapter_name="b")
+    peer.add_weighted_adapter(["a", "b"], weights, "sum", combination_type=kind)
+    peer.set_adapter("sum")
+    adapters = [ml.get_adapter(ml.load_adapter(model, tmp_path / name)) for name in "ab"]
+    ml.attach(model, ml.weighted_sum(adapters, weights, kind))
     close(model(ids), peer(torch.from_numpy(ids)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -67,8 +68,9 @@ def _linear(path: str, part: list[tuple[float, Factors]]) -> Factors:
     ranks = {f.rank for _, f in part}
     if len(ranks) > 1:
         raise ValueError(f"{path}: factors of ranks {sorted(ranks)} cannot be added; use cat")
-    a = np.sum([abs(c) ** 0.5 * f.A for c, f in part], axis=0)
-    b = np.sum([float(np.sign(c)) * abs(c) ** 0.5 * f.B for c, f in part], axis=0)
+    # The sign goes to A, as in PEFT: the cross terms depend on where it is.
+    a = np.sum([math.copysign(abs(c) ** 0.5, c) * f.A for c, f in part], axis=0)
+    b = np.sum([abs(c) ** 0.5 * f.B for c, f in part], axis=0)
     return Factors(a, b, alpha=a.shape[1])
 
 

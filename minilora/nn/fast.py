@@ -59,7 +59,8 @@ def gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         for start in range(0, len(x2d), step):
             block = slice(start, start + step)
             v, out, dy = x2d[block], y[block], slope[block]
-            square = v * v
+            square = np.clip(v, -30.0, 30.0)
+            square *= square
             s = square * -cubic
             s -= linear
             s *= v  # -2u

@@ -52,8 +52,9 @@ def gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Forward already has tanh u, so it computes the derivative too; backward is dx = dout * y'.
     """
-    u = GELU_SCALE * (x + GELU_CUBIC * x * x * x)
-    du = GELU_SCALE * (1.0 + 3.0 * GELU_CUBIC * x * x)
+    square = np.clip(x, -30.0, 30.0) ** 2  # beyond, tanh u is 1 or -1 whatever the cubic term
+    u = GELU_SCALE * x * (1.0 + GELU_CUBIC * square)
+    du = GELU_SCALE * (1.0 + 3.0 * GELU_CUBIC * square)
     t = np.tanh(u)
     return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * du
 

@@ -47,10 +47,9 @@ class Parameter:
 
     def accumulate(self, grad: np.ndarray) -> None:
         """Add to `.grad`, over all uses of a value. The first array is kept, so pass a new one."""
-        if self.grad is None:
-            self.grad = np.asarray(grad)
-        else:
-            self.grad += grad
+        if np.shape(grad) != self.shape:
+            raise ValueError(f"a gradient of shape {np.shape(grad)} is not one of {self!r}")
+        self.grad = np.asarray(grad) if self.grad is None else np.add(self.grad, grad, self.grad)
 
     def __repr__(self) -> str:
         frozen = "" if self.requires_grad else ", frozen"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from minilora.nn.module import Parameter
+from minilora.nn.module import Module, Parameter
 
 
 def cosine_schedule(
@@ -31,6 +31,17 @@ def cosine_schedule(
     return at
 
 
+def _norm(g: np.ndarray) -> float:
+    square = float(np.vdot(g, g))
+    if 1e-30 < square < math.inf:
+        return math.sqrt(square)
+    largest = float(np.abs(g).max(initial=0.0))
+    if not 0.0 < largest < math.inf:
+        return largest
+    scaled = g.astype(np.float64) / largest  # the squares are too large or small for the dtype
+    return largest * math.sqrt(float(np.vdot(scaled, scaled)))
+
+
 def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     """Scale all gradients so that their global L2 norm is at most `max_norm` (above 0).
 
@@ -44,11 +55,15 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     Raises
     ------
     ValueError : if `max_norm` is not above 0
+    TypeError : for a single Parameter, or a model
     """
     if not max_norm > 0.0:
         raise ValueError(f"max_norm must be above 0, got {max_norm}")
+    if isinstance(parameters, (Parameter, Module)):
+        raise TypeError("clip_grad_norm takes an iterable of Parameters, got one "
+                        f"{type(parameters).__name__}")
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = math.sqrt(sum(float(np.vdot(g, g)) for g in gradients))
+    norm = math.hypot(*(_norm(g) for g in gradients))
     if max_norm < norm < math.inf:
         for g in gradients:
             np.multiply(g, max_norm / norm, out=g)

@@ -134,6 +134,11 @@ def test_the_factor_wise_sum_has_cross_terms():
         c, d = (0.5 * f.scale) ** 0.5, (2.0 * g.scale) ** 0.5
         expected[name] = (c * c * f.A @ f.B + d * d * g.A @ g.B) + c * d * (f.A @ g.B + g.A @ f.B)
     close(got, expected)
+    mixed = ml.weighted_sum([one, two], [0.5, -2.0], "linear").layers["lm_head"]
+    f, g = one.layers["lm_head"], two.layers["lm_head"]
+    c, d = (0.5 * f.scale) ** 0.5, (2.0 * g.scale) ** 0.5
+    np.testing.assert_allclose(mixed.A, c * f.A - d * g.A, rtol=1e-6)
+    np.testing.assert_allclose(mixed.B, c * f.B + d * g.B, rtol=1e-6)
     alone = updates(ml.weighted_sum([one], [-0.5], "linear"))
     close(alone, {name: -0.5 * delta for name, delta in updates(one).items()})
 

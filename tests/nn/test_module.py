@@ -260,3 +260,11 @@ def test_a_dataclass_may_be_a_module():
     assert Scale(2.0).num_parameters() == 6 and Scale(2.0).factor == 2.0
     with pytest.raises(TypeError, match="factor"):
         Scale()
+
+
+def test_a_gradient_of_another_shape_is_refused():
+    p = ml.Parameter(np.zeros((2, 3)))
+    for wrong in (np.ones(3), np.ones((3, 2)), 1.0):
+        with pytest.raises(ValueError, match=r"gradient of shape .* is not one of Parameter"):
+            p.accumulate(wrong)
+    assert p.grad is None

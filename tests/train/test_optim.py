@@ -143,3 +143,19 @@ def test_cosine_schedule():
     assert ml.cosine_schedule(1.0, steps=1)(0) == 1.0
     with pytest.raises(ValueError, match="0 <= warmup < steps"):
         ml.cosine_schedule(1.0, steps=5, warmup=5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_clipping_of_very_large_and_very_small_gradients(dtype, scale):
+    a, b = ml.Parameter(np.zeros(2, dtype)), ml.Parameter(np.zeros(1, dtype))
+    a.grad, b.grad = (np.array(v, dtype) * dtype(scale) for v in ([2.0, 1.0], [2.0]))
+    assert ml.clip_grad_norm([a, b], 0.3 * scale) == pytest.approx(3.0 * scale, rel=1e-5)
+    np.testing.assert_allclose(a.grad / dtype(scale), [0.2, 0.1], rtol=1e-5)
+    np.testing.assert_allclose(b.grad / dtype(scale), [0.2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("one", [ml.Parameter([1.0]), ml.Linear(2, 2)])
+def test_clipping_takes_an_iterable_of_parameters(one):
+    with pytest.raises(TypeError, match="takes an iterable of Parameters, got one"):
+        ml.clip_grad_norm(one, 1.0)
