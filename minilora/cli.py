@@ -79,6 +79,8 @@ def names(text: str) -> tuple[str, ...]:
 
 def load_model(name: str) -> GPT:
     """Load a shipped model by its name, a checkpoint, or a GPT-2 from a transformers folder."""
+    if name in RECIPES:  # even if there is a file or folder of that name; ./base means that one
+        return load_base(name)
     if Path(name).is_dir():
         return from_hf_gpt2(name)
     is_path = Path(name).suffix or "/" in name or Path(name).is_file()
@@ -115,7 +117,7 @@ def compare_options(parser: Parser) -> None:
     training_options(parser)
 
 
-def compare_command(args: argparse.Namespace) -> None:
+def compare_command(args: argparse.Namespace) -> int:
     """Run the comparison, print its table, and write figures beside its numbers."""
     settings = compare.QUICK if args.quick else compare.Settings()
     given = {
@@ -125,9 +127,6 @@ def compare_command(args: argparse.Namespace) -> None:
     }
     settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
     result = compare.compare(settings, args.out, progress=not args.no_progress)
-    if not result["runs"]:
-        print("interrupted before the first run was done")
-        return
     print(f"\nFine-tuning the {settings.base} model, trained on English docs, on Python code: "
           f"{settings.steps} steps.\n")
     print(compare.table(result))
@@ -137,6 +136,10 @@ def compare_command(args: argparse.Namespace) -> None:
         plots.save(figure(result), Path(args.out) / name)
     written = ", ".join([*plots.COMPARISON, "compare.json", "adapters/"])
     print(f"Written to {args.out}: {written}")
+    if len(result["runs"]) < settings.seeds * (1 + len(settings.ranks)):
+        print("interrupted: the runs that were complete are above")
+        return 130
+    return 0
 
 
 def pretrain_options(parser: Parser) -> None:
@@ -150,17 +153,17 @@ def pretrain_options(parser: Parser) -> None:
     training_options(parser)
 
 
-def pretrain_command(args: argparse.Namespace) -> None:
+def pretrain_command(args: argparse.Namespace) -> int:
     """Train a base model and print its losses on held-out docs."""
     out = args.out or f"{args.model}.safetensors"
     history = pretrain(args.model, out, args.steps, args.seed, args.threads, not args.no_progress)
     if not history.steps:
-        print("interrupted before the first step was done; nothing written")
-        return
+        raise KeyboardInterrupt
     for step, loss in zip(history.validation_steps, history.validation_losses, strict=True):
         print(f"step {step:5d}: {loss:.4f} nats per character on held-out docs")
     print(f"interrupted; written to {out}.interrupted" if history.interrupted else
           f"written to {out}")
+    return 130 if history.interrupted else 0
 
 
 def generate_options(parser: Parser) -> None:
@@ -318,7 +321,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()  # here, where a reader that has gone is not an error
+        return status
     except BrokenPipeError:  # the reader has stopped, as in `minilora generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -139,9 +139,51 @@ def test_pretraining_that_is_interrupted_keeps_what_was_done(tmp_path, monkeypat
 
     monkeypatch.setattr(pretrain, "random_batches", batches)
     out = tmp_path / "mine.safetensors"
-    assert main(["pretrain", "--model", "small", "--out", str(out), "--no-progress"]) == 0
+    assert main(["pretrain", "--model", "small", "--out", str(out), "--no-progress"]) == 130
     assert "interrupted; written to" in capsys.readouterr().out and not out.exists()
     assert checkpoint.load_checkpoint(f"{out}.interrupted").num_parameters() == 110_336
+
+
+def test_an_interrupted_comparison_leaves_the_earlier_result(tmp_path, monkeypatch, capsys):
+    (tmp_path / "compare.json").write_text("an earlier result")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run_method", interrupt)
+    assert main(["compare", "--quick", "--out", str(tmp_path), "--no-progress"]) == 130
+    assert (tmp_path / "compare.json").read_text() == "an earlier result"
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["compare", "--quick"], ["pretrain", "--model", "small"]])
+def test_a_folder_that_cannot_be_written_is_found_before_the_training(
+    tmp_path, monkeypatch, capsys, arguments
+):
+    def refuse(self, *args, **options):
+        raise PermissionError(f"Permission denied: {self}")
+
+    monkeypatch.setattr(compare, "fit", None)
+    monkeypatch.setattr(pretrain, "fit", None)
+    monkeypatch.setattr(Path, "touch", refuse)
+    out = tmp_path if arguments[0] == "compare" else tmp_path / "x.safetensors"
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert "Permission denied" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_a_file_called_base_does_not_take_the_shipped_model_s_place(tmp_path, monkeypatch, make):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "base")
+    assert cli.load_model("base").num_parameters() == 822_016
+    with pytest.raises((OSError, ValueError)):
+        cli.load_model("./base")
+
+
+def test_a_closed_pipe_is_not_an_ignored_exception():
+    command = f"{sys.executable} -m minilora count gpt2-xl | true; exit ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert run.returncode in (0, 141) and not run.stderr
 
 
 def test_info_and_merge(tmp_path, capsys):

@@ -12,7 +12,9 @@ import numpy as np
 from minilora.files.safetensors import load_metadata, load_safetensors, save_safetensors
 from minilora.lora.adapter import replaced_head
 from minilora.lora.surgery import wrappers
+from minilora.nn.attention import CausalSelfAttention
 from minilora.nn.gpt import GPT, GPTConfig
+from minilora.nn.layers import LayerNorm
 from minilora.nn.validate import CheckpointError, float_dtype
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -63,6 +65,13 @@ def check_plain(model: GPT) -> None:
         raise ValueError("the model has LoRA layers: store them with save_adapter, or remove_lora")
     if replaced_head(model):
         raise ValueError("the head of the model was replaced; a checkpoint holds a whole GPT")
+    for name, module in model.named_modules():
+        if isinstance(module, LayerNorm) and module.eps != model.config.layer_norm_eps:
+            raise ValueError(f"{name}.eps is {module.eps}, the config says "
+                             f"{model.config.layer_norm_eps}: no file could hold both")
+        if isinstance(module, CausalSelfAttention) and module.n_heads != model.config.n_heads:
+            raise ValueError(f"{name}.n_heads is {module.n_heads}, the config says "
+                             f"{model.config.n_heads}: no file could hold both")
     if len(model.h) != model.config.n_layers:
         raise ValueError(
             f"the model has {len(model.h)} blocks, its config says {model.config.n_layers}"

@@ -124,7 +124,8 @@ def _read_config(path: Path) -> GPTConfig:
     allowed = {
         "model_type": ("gpt2",), "activation_function": HF_ACTIVATIONS,
         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
+        "add_cross_attention": (False,), "quantization_config": (None,),
+        "pruned_heads": (None, {}),
         "n_inner": (None, 4 * width if isinstance(width, int) else None),
     }
     refuse_settings(path, hf, allowed)
@@ -151,7 +152,10 @@ def _read_tensors(folder: Path) -> Arrays:
         raise CheckpointError(f"{index}: weight_map must map names to files of this folder")
     tensors: Arrays = {}
     for shard in sorted(set(shards.values())):
-        tensors |= load_safetensors(folder / shard)
+        part = load_safetensors(folder / shard)
+        if twice := sorted(set(tensors) & set(part)):
+            raise CheckpointError(f"{index}: {twice[0]} is in two shards")
+        tensors |= part
     if set(tensors) != set(shards):
         odd = sorted(set(tensors) ^ set(shards))
         raise CheckpointError(f"{index} and its shards disagree on {', '.join(odd[:5])}")
@@ -160,7 +164,9 @@ def _read_tensors(folder: Path) -> Arrays:
 
 def _without_prefix(stored: Arrays, folder: Path) -> Arrays:
     """Return the arrays without "transformer." in their names, and without the buffers."""
-    for name in stored:
+    for name, array in stored.items():
+        if array.dtype.kind != "f" and not name.endswith(HF_BUFFERS):
+            raise CheckpointError(f"{folder}: {name} must be floating-point, got {array.dtype}")
         if f"transformer.{name}" in stored:
             raise CheckpointError(
                 f"{folder}: {name} appears twice, with and without transformer."

@@ -17,8 +17,11 @@ import contextlib
 import itertools
 import json
 import os
+import stat
 import struct
+import uuid
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,17 +62,35 @@ def write_atomically(path: str | Path, chunks: bytes | Iterable[bytes]) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory, not a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name of its own for each writer: two threads may save to one path, and names may be long.
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))  # as those of the old file
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Create a folder if it is missing, and raise OSError if no file can be written in it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    probe = Path(folder) / f".{uuid.uuid4().hex}.tmp"
+    probe.touch()
+    probe.unlink()
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a file for reading. Raises CheckpointError for a pipe or device, which may not end."""
+    if not stat.S_ISREG(os.stat(path).st_mode) and not Path(path).is_dir():
+        raise CheckpointError(f"{path} is not a regular file")
+    return open(path, "rb")
 
 
 def save_safetensors(
@@ -144,7 +165,7 @@ def load_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     CheckpointError
         If the file is damaged.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         entries, _, size = _read_header(file, path)
         data = bytearray(size)
         if file.readinto(data) != size:
@@ -160,7 +181,7 @@ def load_metadata(path: str | Path) -> dict[str, str]:
     CheckpointError
         If the header is damaged.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return _read_header(file, path)[1]
 
 
@@ -279,8 +300,10 @@ def read_json(path: Path) -> dict[str, Any]:
     CheckpointError
         If the file contains anything else.
     """
+    with open_regular(path) as file:
+        text = file.read()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -21,7 +21,7 @@ from minilora.data.batches import random_batches, sequential_batches
 from minilora.data.corpus import load_tokens
 from minilora.files.checkpoint import load_base, save_checkpoint
 from minilora.files.peft_write import save_adapter
-from minilora.files.safetensors import write_atomically
+from minilora.files.safetensors import check_writable, write_atomically
 from minilora.lora.wrap import remove_lora, replace_linear_with_lora
 from minilora.nn.gpt import GPT
 from minilora.train.history import History
@@ -256,7 +256,7 @@ def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[
         raise ValueError(f"steps must be 2 or more, got {settings.steps}")
     for rank in settings.ranks:  # find every mistake before the first long run
         prepare(settings, rank, seed=0)
-    Path(out).mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     base = load_base(settings.base)
     data = Data.for_context(base.config.context_length)
     docs_base = evaluate(base, data.docs_held_out, settings.threads)
@@ -265,6 +265,8 @@ def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[
         for seed in range(settings.seeds):
             for rank in (None, *settings.ranks):
                 runs.append(run_method(settings, data, rank, seed, Path(out), progress))
+    if not runs:  # an earlier result is worth more than none
+        raise KeyboardInterrupt
     result = {
         "settings": asdict(settings), "docs_base": docs_base, "runs": [asdict(run) for run in runs]
     }

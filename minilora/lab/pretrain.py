@@ -11,6 +11,7 @@ from minilora.data.batches import random_batches, sequential_batches
 from minilora.data.corpus import load_tokens
 from minilora.data.tokenizer import CharTokenizer
 from minilora.files.checkpoint import save_checkpoint
+from minilora.files.safetensors import check_writable
 from minilora.nn.gpt import GPT, GPTConfig
 from minilora.train.history import History
 from minilora.train.loop import fit
@@ -88,7 +89,7 @@ def pretrain(
         raise ValueError(f"there is a recipe for {', '.join(RECIPES)}; got {name!r}")
     if Path(out).is_dir():  # found now rather than after training
         raise IsADirectoryError(f"{out} is a directory, not a file to write")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    check_writable(Path(out).parent)
     recipe = RECIPES[name]
     model = GPT(recipe.config, rng=seed)
     steps = recipe.steps if steps is None else steps

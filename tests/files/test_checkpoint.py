@@ -74,3 +74,15 @@ def test_the_shipped_models(name, count):
 def test_a_model_that_is_not_shipped():
     with pytest.raises(ValueError, match="base, small; got 'large'"):
         load_base("large")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda model: setattr(model.ln_f, "eps", 1e-3), "ln_f.eps is 0.001, the config says 1e-05"),
+    (lambda model: setattr(model.h[1].attn, "n_heads", 4), "h.1.attn.n_heads is 4, the config"),
+])
+def test_what_a_file_could_not_hold_is_refused(tmp_path, tiny_gpt, change, words):
+    change(tiny_gpt)
+    for save in (save_checkpoint, ml.to_hf_gpt2):
+        with pytest.raises(ValueError, match=words):
+            save(tiny_gpt, tmp_path / "x")
+    assert not list(tmp_path.iterdir())

@@ -67,3 +67,30 @@ def test_what_is_no_plain_gpt2(tmp_path):
     with pytest.raises(ValueError, match="LoRA layers"):
         to_hf_gpt2(ml.replace_linear_with_lora(ml.GPT(tiny_config()), 2, 8), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("setting", [
+    {"quantization_config": {"load_in_4bit": True}}, {"pruned_heads": {"0": [1]}}])
+def test_settings_that_change_the_weights_are_refused(tmp_path, tiny_gpt, setting):
+    ml.to_hf_gpt2(tiny_gpt, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    with pytest.raises(CheckpointError, match=next(iter(setting))):
+        ml.from_hf_gpt2(tmp_path)
+
+
+def test_integer_weights_and_tensors_in_two_shards_are_refused(tmp_path, tiny_gpt):
+    ml.to_hf_gpt2(tiny_gpt, tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = ml.load_safetensors(path)
+    name = "transformer.ln_f.weight"
+    ml.save_safetensors(path, tensors | {name: tensors[name].astype(np.int8)})
+    with pytest.raises(CheckpointError, match=f"{name} must be floating-point, got int8"):
+        ml.from_hf_gpt2(tmp_path)
+    path.unlink()
+    ml.save_safetensors(tmp_path / "a.safetensors", tensors)
+    ml.save_safetensors(tmp_path / "b.safetensors", {name: tensors[name] + 1})
+    shards = {key: "a.safetensors" for key in tensors} | {name: "b.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(CheckpointError, match=f"{name} is in two shards"):
+        ml.from_hf_gpt2(tmp_path)

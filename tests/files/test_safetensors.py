@@ -1,6 +1,8 @@
 import json
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from minilora.files.safetensors import (
     load_metadata,
     load_safetensors,
+    read_json,
     save_safetensors,
     write_atomically,
 )
@@ -155,3 +158,34 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, chunks())
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["x"]
+
+
+def test_two_threads_that_save_to_one_path_do_not_mix_their_bytes(tmp_path):
+    path, rounds = tmp_path / "x", 30
+    contents = [bytes([i]) * 200_000 for i in range(4)]
+
+    def write(content):
+        for _ in range(rounds):
+            write_atomically(path, [content[:100_000], content[100_000:]])
+            assert path.read_bytes() in contents
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, contents))
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_long_names_and_the_permissions_of_an_existing_file(tmp_path):
+    path = tmp_path / ("n" * 240)
+    write_atomically(path, b"1")
+    path.chmod(0o640)
+    write_atomically(path, b"2")
+    assert path.read_bytes() == b"2" and path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        for read in (load_safetensors, load_metadata, read_json):
+            with pytest.raises(CheckpointError, match="is not a regular file"):
+                read(path)
