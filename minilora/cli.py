@@ -134,9 +134,9 @@ def compare_command(args: argparse.Namespace) -> int:
           f"{result['docs_base']:.3f}. MB = 10^6 bytes.")
     for name, figure in plots.COMPARISON.items():
         plots.save(figure(result), Path(args.out) / name)
-    written = ", ".join([*plots.COMPARISON, "compare.json", "adapters/"])
+    written = ", ".join([*plots.COMPARISON, compare.RESULT, "adapters/"])
     print(f"Written to {args.out}: {written}")
-    if len(result["runs"]) < settings.seeds * (1 + len(settings.ranks)):
+    if len(result["runs"]) < len(settings.plan):
         print("interrupted: the runs that were complete are above")
         return 130
     return 0

@@ -18,6 +18,8 @@ from minilora.nn.layers import LayerNorm
 from minilora.nn.validate import CheckpointError, float_dtype
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+# Attributes that change what a module computes and are stored only as settings of the config.
+CONFIGURED = ((LayerNorm, "eps", "layer_norm_eps"), (CausalSelfAttention, "n_heads", "n_heads"))
 
 
 def save_checkpoint(model: GPT, path: str | Path, dtype: Any = None) -> None:
@@ -35,7 +37,7 @@ def save_checkpoint(model: GPT, path: str | Path, dtype: Any = None) -> None:
     Raises
     ------
     ValueError
-        If the model has LoRA layers, if it does not have the head or the number of blocks of
+        If the model has LoRA layers, if its head, blocks, `eps` or `n_heads` are not those of
         its configuration, or if a number does not fit `dtype`.
     TypeError
         If `dtype` is not a floating-point type.
@@ -60,18 +62,17 @@ def _converted(tensors: dict[str, np.ndarray], dtype: np.dtype) -> dict[str, np.
 
 
 def check_plain(model: GPT) -> None:
-    """Raise ValueError if the model has LoRA layers, or a head other than its configuration's."""
+    """Raise ValueError if the model has LoRA layers, or is not what its configuration says."""
     if wrappers(model):
         raise ValueError("the model has LoRA layers: store them with save_adapter, or remove_lora")
     if replaced_head(model):
         raise ValueError("the head of the model was replaced; a checkpoint holds a whole GPT")
     for name, module in model.named_modules():
-        if isinstance(module, LayerNorm) and module.eps != model.config.layer_norm_eps:
-            raise ValueError(f"{name}.eps is {module.eps}, the config says "
-                             f"{model.config.layer_norm_eps}: no file could hold both")
-        if isinstance(module, CausalSelfAttention) and module.n_heads != model.config.n_heads:
-            raise ValueError(f"{name}.n_heads is {module.n_heads}, the config says "
-                             f"{model.config.n_heads}: no file could hold both")
+        for kind, attribute, setting in CONFIGURED:
+            value, configured = getattr(module, attribute, None), getattr(model.config, setting)
+            if isinstance(module, kind) and value != configured:
+                raise ValueError(f"{name}.{attribute} is {value}, the config says {configured}: "
+                                 "no file could hold both")
     if len(model.h) != model.config.n_layers:
         raise ValueError(
             f"the model has {len(model.h)} blocks, its config says {model.config.n_layers}"

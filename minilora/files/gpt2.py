@@ -218,7 +218,7 @@ def to_hf_gpt2(model: GPT, folder: str | Path) -> None:
     Raises
     ------
     ValueError
-        If the model has LoRA layers, or a head other than its configuration's.
+        If the model has LoRA layers, or is not what its configuration says.
     """
     check_plain(model)
     tensors = _their_state(model.state_dict(), model.config)

@@ -58,12 +58,7 @@ def write_atomically(path: str | Path, chunks: bytes | Iterable[bytes]) -> None:
     IsADirectoryError
         If `path` is a directory.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory, not a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own for each writer: two threads may save to one path, and names may be long.
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    path, temporary = _destination(path)
     try:
         with open(temporary, "xb") as file:
             for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
@@ -78,17 +73,27 @@ def write_atomically(path: str | Path, chunks: bytes | Iterable[bytes]) -> None:
             os.unlink(temporary)
 
 
-def check_writable(folder: str | Path) -> None:
-    """Create a folder if it is missing, and raise OSError if no file can be written in it."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    probe = Path(folder) / f".{uuid.uuid4().hex}.tmp"
-    probe.touch()
-    probe.unlink()
+def check_writable(path: str | Path) -> None:
+    """Raise OSError if `write_atomically` could not write this file. Creates missing folders."""
+    _, temporary = _destination(path)
+    temporary.touch()
+    temporary.unlink()
+
+
+def _destination(path: str | Path) -> tuple[Path, Path]:
+    """Return the path of a file to write, and of the temporary file beside it."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, not a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own for each writer: two threads may save to one path, and names may be long.
+    return path, path.with_name(f".{uuid.uuid4().hex}.tmp")
 
 
 def open_regular(path: str | Path) -> BufferedReader:
     """Open a file for reading. Raises CheckpointError for a pipe or device, which may not end."""
-    if not stat.S_ISREG(os.stat(path).st_mode) and not Path(path).is_dir():
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a folder, `open` says that it is one
         raise CheckpointError(f"{path} is not a regular file")
     return open(path, "rb")
 

@@ -22,6 +22,7 @@ from minilora.data.corpus import load_tokens
 from minilora.files.checkpoint import load_base, save_checkpoint
 from minilora.files.peft_write import save_adapter
 from minilora.files.safetensors import check_writable, write_atomically
+from minilora.lab.plots import by_method
 from minilora.lora.wrap import remove_lora, replace_linear_with_lora
 from minilora.nn.gpt import GPT
 from minilora.train.history import History
@@ -34,6 +35,7 @@ from minilora.train.schedule import cosine_schedule
 FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-3, 1e-2
 BATCH_SIZE, WARMUP = 16, 20
 EVALUATION_BATCHES, EVALUATION_BATCH_SIZE = 8, 32
+RESULT = "compare.json"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Settings:
     target_modules: tuple[str, ...] | None = None
     seeds: int = 1
     threads: int | None = None
+
+    @property
+    def plan(self) -> list[tuple[int, int | None]]:
+        """The seed and the rank of every run, in order; rank None is full fine-tuning."""
+        return [(seed, rank) for seed in range(self.seeds) for rank in (None, *self.ranks)]
 
 
 QUICK = Settings(base="small", steps=250)
@@ -256,21 +263,20 @@ def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[
         raise ValueError(f"steps must be 2 or more, got {settings.steps}")
     for rank in settings.ranks:  # find every mistake before the first long run
         prepare(settings, rank, seed=0)
-    check_writable(out)
+    check_writable(Path(out) / RESULT)
     base = load_base(settings.base)
     data = Data.for_context(base.config.context_length)
     docs_base = evaluate(base, data.docs_held_out, settings.threads)
     runs: list[Run] = []
     with contextlib.suppress(KeyboardInterrupt):
-        for seed in range(settings.seeds):
-            for rank in (None, *settings.ranks):
-                runs.append(run_method(settings, data, rank, seed, Path(out), progress))
+        for seed, rank in settings.plan:
+            runs.append(run_method(settings, data, rank, seed, Path(out), progress))
     if not runs:  # an earlier result is worth more than none
         raise KeyboardInterrupt
     result = {
         "settings": asdict(settings), "docs_base": docs_base, "runs": [asdict(run) for run in runs]
     }
-    write_atomically(Path(out) / "compare.json", json.dumps(result).encode())
+    write_atomically(Path(out) / RESULT, json.dumps(result).encode())
     return result
 
 
@@ -285,13 +291,9 @@ LEFT_ALIGNED = (0, len(COLUMNS) - 1)  # all other columns are numbers
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
     """Return the table's cells: one row per method, mean ± standard deviation over seeds."""
-    runs = result["runs"]
-    full_gain = {run["seed"]: _gain(run) or math.nan for run in runs if run["rank"] is None}
-    groups = (
-        [run for run in runs if run["method"] == name]
-        for name in dict.fromkeys(run["method"] for run in runs)
-    )
-    return [_row(group, full_gain, result["docs_base"]) for group in groups]
+    full_runs = [run for run in result["runs"] if run["rank"] is None]
+    full_gain = {run["seed"]: _gain(run) or math.nan for run in full_runs}
+    return [_row(runs, full_gain, result["docs_base"]) for runs in by_method(result).values()]
 
 
 def _row(group: list[dict[str, Any]], full_gain: dict[int, float], docs_base: float) -> list[str]:

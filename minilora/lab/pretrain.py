@@ -87,9 +87,7 @@ def pretrain(
     """
     if name not in RECIPES:
         raise ValueError(f"there is a recipe for {', '.join(RECIPES)}; got {name!r}")
-    if Path(out).is_dir():  # found now rather than after training
-        raise IsADirectoryError(f"{out} is a directory, not a file to write")
-    check_writable(Path(out).parent)
+    check_writable(out)  # found now rather than after training
     recipe = RECIPES[name]
     model = GPT(recipe.config, rng=seed)
     steps = recipe.steps if steps is None else steps

@@ -20,12 +20,12 @@ def find_targets(model: Module, target_modules: str | list[str] | None = None) -
     TypeError : if the model is a bare layer or not a Module
     """
     check_tree(model)
-    saved = {path: m for path, m in wrappers(model).items() if isinstance(m, ModuleToSave)}
+    wrapped = wrappers(model)
+    saved = {path: m for path, m in wrapped.items() if isinstance(m, ModuleToSave)}
     linears = {path: module for path, module in base_modules(model).items()
                if isinstance(module, Linear) and (path in saved or not inside(path, saved))}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no Linear layer to adapt")
-    wrapped = wrappers(model)
     names = match_names(list(linears), target_modules)
     return {name: linears[name] for name in names if name not in wrapped}
 
