@@ -1,7 +1,27 @@
+import os
+
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 import minilora as ml
+
+THOROUGH = bool(os.environ.get("MINILORA_THOROUGH"))  # takes many minutes, see `many`
+
+
+def many(ordinary, thorough):
+    """Choose how often to try: by default few times, and the same things in every run."""
+    return thorough if THOROUGH else ordinary
+
+
+def examples(ordinary, thorough=2_000):
+    """Return the settings of a property test; thorough ones draw other examples in each run."""
+    return settings(
+        max_examples=many(ordinary, thorough), derandomize=not THOROUGH, database=None,
+        deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much,
+                                              HealthCheck.data_too_large],
+    )
+
 
 
 def pytest_collection_finish(session):
