@@ -20,7 +20,7 @@ from minilora.files.checkpoint import load_base, load_checkpoint, save_checkpoin
 from minilora.files.gpt2 import from_hf_gpt2
 from minilora.files.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from minilora.files.peft_read import describe_adapter, load_adapter
-from minilora.files.safetensors import describe_safetensors
+from minilora.files.safetensors import describe_safetensors, printable
 from minilora.lab import bench, compare, plots
 from minilora.lab.counting import PUBLISHED
 from minilora.lab.pretrain import RECIPES, pretrain
@@ -132,8 +132,6 @@ def compare_command(args: argparse.Namespace) -> int:
     print(compare.table(result))
     print("\nLosses in nats per character on held-out text; docs before: "
           f"{result['docs_base']:.3f}. MB = 10^6 bytes.")
-    for name, figure in plots.COMPARISON.items():
-        plots.save(figure(result), Path(args.out) / name)
     written = ", ".join([*plots.COMPARISON, compare.RESULT, "adapters/"])
     print(f"Written to {args.out}: {written}")
     if len(result["runs"]) < len(settings.plan):
@@ -332,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (ValueError, TypeError, KeyError, FloatingPointError, OSError, ImportError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"minilora {args.command}: {text}", file=sys.stderr)
+        print(f"minilora {args.command}: {printable(str(text))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

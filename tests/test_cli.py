@@ -277,3 +277,24 @@ def test_a_folder_of_transformers_is_a_base(tmp_path, capsys):
     state = ml.load_checkpoint(tmp_path / "out").state_dict()
     base = ml.load_base("small").state_dict()
     assert all(np.array_equal(state[name], array) for name, array in base.items())
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Jgone", "a\nb", "\u202egpj.exe", "\x07"])
+def test_what_a_file_says_cannot_act_on_the_terminal(tmp_path, capsys, name):
+    path = tmp_path / "x.safetensors"
+    ml.save_safetensors(path, {name: np.zeros(2)}, {name: name})
+    assert main(["info", str(path)]) == 0
+    ml.save_safetensors(tmp_path / "adapter_model.safetensors", {name: np.zeros(2)})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["a"]}))
+    assert main(["info", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert all(line.isprintable() for line in (out + err).split("\n"))
+    assert err.count("\n") == 1 and len(out.split("\n")) == 4
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero here")
+def test_a_device_is_no_file(capsys):
+    for command in (["info", "/dev/zero"], ["generate", "--base", "/dev/zero"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.endswith("/dev/zero is not a regular file\n")

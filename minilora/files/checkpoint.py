@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minilora.files.safetensors import load_metadata, load_safetensors, save_safetensors
-from minilora.lora.adapter import replaced_head
+from minilora.files.safetensors import load_with_metadata, save_safetensors
 from minilora.lora.surgery import wrappers
 from minilora.nn.attention import CausalSelfAttention
 from minilora.nn.gpt import GPT, GPTConfig
@@ -37,8 +37,8 @@ def save_checkpoint(model: GPT, path: str | Path, dtype: Any = None) -> None:
     Raises
     ------
     ValueError
-        If the model has LoRA layers, if its head, blocks, `eps` or `n_heads` are not those of
-        its configuration, or if a number does not fit `dtype`.
+        If the model has LoRA layers, if a module of it is not what its configuration says (such
+        as a head of another width, `eps`, `n_heads`), or if a number does not fit `dtype`.
     TypeError
         If `dtype` is not a floating-point type.
     """
@@ -65,18 +65,56 @@ def check_plain(model: GPT) -> None:
     """Raise ValueError if the model has LoRA layers, or is not what its configuration says."""
     if wrappers(model):
         raise ValueError("the model has LoRA layers: store them with save_adapter, or remove_lora")
-    if replaced_head(model):
-        raise ValueError("the head of the model was replaced; a checkpoint holds a whole GPT")
-    for name, module in model.named_modules():
-        for kind, attribute, setting in CONFIGURED:
-            value, configured = getattr(module, attribute, None), getattr(model.config, setting)
-            if isinstance(module, kind) and value != configured:
-                raise ValueError(f"{name}.{attribute} is {value}, the config says {configured}: "
-                                 "no file could hold both")
     if len(model.h) != model.config.n_layers:
         raise ValueError(
             f"the model has {len(model.h)} blocks, its config says {model.config.n_layers}"
         )
+    found = {name: parameter.shape for name, parameter in model.named_parameters()}
+    expected = parameter_shapes(model.config)
+    for name in {**expected, **found}:
+        if found.get(name) != expected.get(name):
+            if name.startswith("lm_head."):
+                raise ValueError("the head of the model was replaced; a checkpoint holds a whole "
+                                 "GPT")
+            raise ValueError(f"{name} is {found.get(name)}, the config says {expected.get(name)}: "
+                             "a module was replaced, and no file could hold both")
+    _check_modules(model)
+
+
+def _check_modules(model: GPT) -> None:
+    """Raise ValueError if a module computes something else than the configuration says."""
+    c = model.config
+    usual = GPT(replace(c, vocab_size=1, context_length=1, d_model=c.n_heads, n_layers=1), rng=0)
+    forwards = {name: type(module).forward for name, module in usual.named_modules()}
+    for name, module in model.named_modules():
+        place = re.sub(r"^h\.\d+", "h.0", name)
+        if type(module).forward is not forwards.get(place):
+            raise ValueError(f"{name} is {module.title()}, which a GPT of this config does not "
+                             "have there: no file could hold both")
+        for kind, attribute, setting in CONFIGURED:
+            value, configured = getattr(module, attribute, None), getattr(c, setting)
+            if isinstance(module, kind) and value != configured:
+                raise ValueError(f"{name}.{attribute} is {value}, the config says {configured}: "
+                                 "no file could hold both")
+
+
+def parameter_shapes(config: GPTConfig, most_blocks: int | None = None) -> dict[str, tuple]:
+    """Return {name: shape} of every parameter of a GPT, of at most `most_blocks` blocks."""
+    d = config.d_model
+    linears = {f"attn.{part}_proj": (d, d) for part in "qkvo"}
+    linears |= {"mlp.up_proj": (d, 4 * d), "mlp.down_proj": (4 * d, d)}
+    matrices = {"wte": (config.vocab_size, d), "wpe": (config.context_length, d)}
+    norms = ["ln_f"]
+    for i in range(min(config.n_layers, most_blocks or config.n_layers)):
+        matrices |= {f"h.{i}.{name}": shape for name, shape in linears.items()}
+        norms += [f"h.{i}.ln_1", f"h.{i}.ln_2"]
+    shapes: dict[str, tuple] = {f"{name}.weight": (d,) for name in norms}
+    shapes |= {f"{name}.weight": shape for name, shape in matrices.items()}
+    if config.bias:
+        shapes |= {f"{name}.bias": (d,) for name in norms}
+        shapes |= {f"{name}.bias": shape[1:] for name, shape in matrices.items()
+                   if name.startswith("h.")}
+    return shapes if config.tie_weights else shapes | {"lm_head.weight": (d, config.vocab_size)}
 
 
 def load_checkpoint(path: str | Path, dtype: Any = np.float32) -> GPT:
@@ -97,8 +135,7 @@ def load_checkpoint(path: str | Path, dtype: Any = np.float32) -> GPT:
         If `dtype` is neither float32 nor float64.
     """
     dtype = float_dtype(dtype)
-    tensors = load_safetensors(path)
-    metadata = load_metadata(path)
+    tensors, metadata = load_with_metadata(path)
     if "config" not in metadata:
         raise CheckpointError(f"{path} is not a minilora checkpoint: it has no config")
     try:
@@ -111,36 +148,14 @@ def load_checkpoint(path: str | Path, dtype: Any = np.float32) -> GPT:
 
 def build_gpt(config: GPTConfig, tensors: dict[str, np.ndarray], dtype: Any) -> GPT:
     """Return a GPT with these weights; KeyError, ValueError or TypeError if they do not fit."""
-    check_checkpoint_sizes(config, {name: array.shape for name, array in tensors.items()})
+    # A file may claim any sizes, so these are checked before a model is built.
+    for name, shape in parameter_shapes(config, len(tensors) + 1).items():
+        found = tensors[name].shape if name in tensors else None
+        if name.endswith(("wte.weight", "wpe.weight", "up_proj.weight")) and found != shape:
+            raise ValueError(f"{name} should have shape {shape}, found {found}")
     model = GPT(config, dtype=dtype)
     model.load_state_dict(tensors)
     return model
-
-
-def check_checkpoint_sizes(config: GPTConfig, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Check that a file really has the sizes that it claims, before a model is built.
-
-    Parameters
-    ----------
-    config
-        The sizes that the file claims.
-    shapes
-        {name: shape} of the file's arrays, under our names.
-
-    Raises
-    ------
-    ValueError
-        If the embeddings or a block do not have these sizes.
-    """
-    expected = {
-        "wte.weight": (config.vocab_size, config.d_model),
-        "wpe.weight": (config.context_length, config.d_model),
-    }
-    for i in range(min(config.n_layers, len(shapes) + 1)):
-        expected[f"h.{i}.mlp.up_proj.weight"] = (config.d_model, 4 * config.d_model)
-    for name, shape in expected.items():
-        if shapes.get(name) != shape:
-            raise ValueError(f"{name} should have shape {shape}, found {shapes.get(name)}")
 
 
 def load_base(name: str = "base", dtype: Any = np.float32) -> GPT:

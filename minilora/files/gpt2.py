@@ -6,7 +6,6 @@ layers store (out, in). Its c_attn holds q, k and v side by side in one matrix (
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +14,8 @@ from typing import Any
 import numpy as np
 
 from minilora.files.checkpoint import build_gpt, check_plain
-from minilora.files.safetensors import (
-    load_safetensors,
-    read_json,
-    refuse_settings,
-    save_safetensors,
-    write_atomically,
-)
+from minilora.files.safetensors import load_safetensors, read_json, refuse_settings
+from minilora.files.together import load_pair, save_pair
 from minilora.nn.gpt import GPT, GPTConfig
 from minilora.nn.layers import Linear
 from minilora.nn.validate import CheckpointError, float_dtype
@@ -96,8 +90,9 @@ def from_hf_gpt2(folder: str | Path, dtype: Any = np.float32) -> GPT:
         If a file is missing.
     """
     folder, dtype = Path(folder), float_dtype(dtype)
-    config = _read_config(folder / HF_CONFIG)
-    tensors = _without_prefix(_read_tensors(folder), folder)
+    settings, stored = _read_files(folder)
+    config = _config(folder / HF_CONFIG, settings)
+    tensors = _without_prefix(stored, folder)
     score = tensors.pop("score.weight", None)
     if score is not None and (score.ndim != 2 or score.shape[1] != config.d_model):
         raise CheckpointError(f"{folder}: score.weight has shape {score.shape}, not (classes, d)")
@@ -117,9 +112,8 @@ def from_hf_gpt2(folder: str | Path, dtype: Any = np.float32) -> GPT:
     return model
 
 
-def _read_config(path: Path) -> GPTConfig:
-    """Read the sizes in config.json, and refuse settings that change what GPT-2 computes."""
-    hf = read_json(path)
+def _config(path: Path, hf: dict[str, Any]) -> GPTConfig:
+    """Return the sizes in config.json, and refuse settings that change what GPT-2 computes."""
     width = hf.get("n_embd")
     allowed = {
         "model_type": ("gpt2",), "activation_function": HF_ACTIVATIONS,
@@ -139,11 +133,16 @@ def _read_config(path: Path) -> GPTConfig:
         raise CheckpointError(f"{path} does not describe a GPT-2: {error}") from None
 
 
-def _read_tensors(folder: Path) -> Arrays:
-    """Read model.safetensors, or all the shards that its index names."""
+def _read_files(folder: Path) -> tuple[dict[str, Any], Arrays]:
+    """Read config.json, and model.safetensors or all the shards that its index names."""
     index = folder / f"{HF_WEIGHTS}.index.json"
     if (folder / HF_WEIGHTS).exists() or not index.exists():
-        return load_safetensors(folder / HF_WEIGHTS)
+        return load_pair(folder / HF_WEIGHTS, folder / HF_CONFIG)
+    return read_json(folder / HF_CONFIG), _read_shards(folder, index)
+
+
+def _read_shards(folder: Path, index: Path) -> Arrays:
+    """Read all the shards that an index names."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(
         isinstance(shard, str) and Path(shard).name == shard and shard.endswith(".safetensors")
@@ -222,9 +221,8 @@ def to_hf_gpt2(model: GPT, folder: str | Path) -> None:
     """
     check_plain(model)
     tensors = _their_state(model.state_dict(), model.config)
-    text = json.dumps(_their_config(model.config), indent=2).encode()
-    save_safetensors(Path(folder) / HF_WEIGHTS, tensors, {"format": "pt"})
-    write_atomically(Path(folder) / HF_CONFIG, text)
+    settings = _their_config(model.config)
+    save_pair(Path(folder) / HF_WEIGHTS, tensors, Path(folder) / HF_CONFIG, settings)
 
 
 def _their_state(state: Arrays, config: GPTConfig) -> Arrays:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minilora.files.safetensors import read_json, refuse_settings
+from minilora.files.safetensors import refuse_settings
 from minilora.nn.validate import CheckpointError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -47,25 +47,27 @@ Config = dict[str, Any]
 # ---- Reading
 
 
-def read_config(path: Path) -> Config:
-    """Read and check the settings of an adapter.
+def checked_config(path: Path, settings: Config) -> Config:
+    """Check the settings of an adapter.
 
     Parameters
     ----------
     path
-        The file, adapter_config.json.
+        Their file, adapter_config.json, for the errors.
+    settings
+        {setting: value} as in the file.
 
     Returns
     -------
     dict
-        {setting: value} as in the file; missing settings have their defaults.
+        The settings; those that were missing have their defaults.
 
     Raises
     ------
     CheckpointError
-        If the file is damaged, is not about LoRA, or has a setting that is not supported.
+        If they are not about LoRA, or one is wrong or not supported.
     """
-    config = read_json(path)
+    config = dict(settings)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} does not describe a LoRA adapter (peft_type LORA)")
     allowed: dict[str, tuple[Any, ...]] = {key: OFF for key in config

@@ -13,7 +13,7 @@ import numpy as np
 
 from minilora.files.gpt2 import our_names, their_name
 from minilora.files.peft_config import BASE_WEIGHT, HEADS, Config, stored_whole, targeted
-from minilora.lora.adapter import Adapter, Factors
+from minilora.lora.adapter import Adapter, Factors, by_module
 from minilora.lora.surgery import base_modules
 from minilora.nn.gpt import GPT
 from minilora.nn.layers import Embedding, Linear, TiedHead
@@ -44,6 +44,33 @@ def base_parameters(base: Modules) -> Arrays:
 def is_embedding(base: Modules, parameter: str) -> bool:
     """Whether the dotted name is that of an Embedding's parameter."""
     return isinstance(base.get(parameter.rpartition(".")[0]), Embedding)
+
+
+def complete(model: Module, adapter: Adapter) -> Adapter:
+    """Add from the base what PEFT stores together with something that is stored whole.
+
+    It has no way to store one bias out of many, or a weight without its bias.
+    """
+    saved, base = adapter.saved, base_modules(model)
+    rule = {"modules_to_save": whole_modules(saved), "bias": which_biases(adapter)}
+    for name, array in base_parameters(base).items():
+        module, _, kind = name.rpartition(".")
+        is_head = module == "lm_head" and isinstance(model, GPT)  # has what it has
+        if not is_head and stored_whole(rule, module, kind, module in adapter.layers):
+            saved = {name: array} | saved
+    return Adapter(adapter.layers, saved, adapter.dropout)
+
+
+def whole_modules(saved: Arrays) -> list[str]:
+    """Return the names of the modules of which more than the bias is stored whole."""
+    return [module for module, arrays in by_module(saved).items() if arrays.keys() != {"bias"}]
+
+
+def which_biases(adapter: Adapter) -> str:
+    """Return PEFT's `bias`: "none", "lora_only" or "all"."""
+    whole = whole_modules(adapter.saved)
+    biased = [module for module in by_module(adapter.saved) if module not in whole]
+    return "none" if not biased else "lora_only" if set(biased) <= set(adapter.layers) else "all"
 
 
 # ---- Tied heads
@@ -92,7 +119,7 @@ def in_our_names(model: Module, config: Config, adapter: Adapter) -> tuple[Adapt
     model
         The model that the adapter will be attached to. It is not changed.
     config
-        The settings, from `read_config`.
+        The settings, from `checked_config`.
     adapter
         The adapter in the names and orientation of the file.
 

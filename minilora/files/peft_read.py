@@ -25,11 +25,12 @@ from minilora.files.peft_config import (
     WEIGHTS_FILE,
     Config,
     by_pattern,
-    read_config,
+    checked_config,
     stored_whole,
 )
 from minilora.files.peft_names import Arrays, in_our_names
-from minilora.files.safetensors import load_safetensors
+from minilora.files.safetensors import printable
+from minilora.files.together import load_pair
 from minilora.lora.adapter import Adapter, Factors, attach
 from minilora.nn.module import M
 from minilora.nn.validate import CheckpointError
@@ -90,7 +91,7 @@ def read_adapter(path: str | Path) -> tuple[Config, Adapter]:
     Returns
     -------
     config
-        The settings, from `read_config`.
+        The settings, from `checked_config`.
     adapter
         The adapter under the names of the file. A and B are (in, r) and (r, out), as everywhere
         in this library; what is stored whole is as in the file.
@@ -98,15 +99,21 @@ def read_adapter(path: str | Path) -> tuple[Config, Adapter]:
     Raises
     ------
     CheckpointError
-        If the files are damaged or have a setting that is not supported.
+        If the files are damaged, are from two different saves, or have a setting that is not
+        supported.
     """
     folder = Path(path)
     folder = folder.parent if folder.is_file() else folder
     if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
         raise CheckpointError(f"{folder} holds adapter_model.bin, a pickle, which can run code "
                               "when it is read: save it as safetensors first")
-    config = read_config(folder / CONFIG_FILE)
-    found, saved = _sorted_tensors(folder / WEIGHTS_FILE, config)
+    return as_adapter(folder, *load_pair(folder / WEIGHTS_FILE, folder / CONFIG_FILE))
+
+
+def as_adapter(folder: Path, settings: Config, tensors: Arrays) -> tuple[Config, Adapter]:
+    """Return what `read_adapter` returns for a folder with these settings and tensors."""
+    config = checked_config(folder / CONFIG_FILE, settings)
+    found, saved = _sorted_tensors(folder / WEIGHTS_FILE, tensors, config)
     layers = {name: _factors(folder, config, name, parts) for name, parts in found.items()}
     if not layers:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} holds no LoRA factors")
@@ -137,9 +144,11 @@ def _factors(folder: Path, config: Config, name: str, parts: Arrays) -> Factors:
 # ---- Sorting the tensors of a file
 
 
-def _sorted_tensors(path: Path, config: Config) -> tuple[dict[str, Arrays], Arrays]:
+def _sorted_tensors(
+    path: Path, stored: Arrays, config: Config
+) -> tuple[dict[str, Arrays], Arrays]:
     """Return {layer: {"lora_A": (r, in), ...}} and {parameter stored whole: array}."""
-    tensors = _named_tensors(path)
+    tensors = _named_tensors(path, stored)
     factors = {name: match for name in tensors if (match := FACTOR.fullmatch(name))
                and (match["weight"] or match["kind"] == "lora_magnitude_vector")}
     adapter = _adapter_name(path, factors)
@@ -162,10 +171,10 @@ def _sorted_tensors(path: Path, config: Config) -> tuple[dict[str, Arrays], Arra
     return layers, saved
 
 
-def _named_tensors(path: Path) -> Arrays:
-    """Read the tensors under their names without PEFT's prefix."""
+def _named_tensors(path: Path, stored: Arrays) -> Arrays:
+    """Return the tensors under their names without PEFT's prefix."""
     tensors: Arrays = {}
-    for key, array in load_safetensors(path).items():
+    for key, array in stored.items():
         name = key.removeprefix(PREFIX)
         if name in tensors:
             raise CheckpointError(f"{path}: {key} appears twice, with and without {PREFIX}")
@@ -253,7 +262,7 @@ def describe_adapter(path: str | Path) -> str:
     for name, f in adapter.layers.items():
         rank = f", rank {f.rank}" if len(ranks) > 1 else ""
         lines.append(f"  {name}: {f.norm():.4g}  ({f.A.shape[0]}, {f.B.shape[1]}){rank}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _listed(values: Iterable[float]) -> str:

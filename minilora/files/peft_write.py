@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,21 +9,28 @@ from typing import Any
 
 import numpy as np
 
+from minilora.files.checkpoint import parameter_shapes
 from minilora.files.gpt2 import our_names, their_name
 from minilora.files.peft_config import CONFIG_FILE, HEADS, PREFIX, WEIGHTS_FILE, Config, targeted
 from minilora.files.peft_names import (
     Arrays,
     base_parameters,
+    complete,
+    in_our_names,
     is_embedding,
     linear_names,
+    which_biases,
+    whole_modules,
     with_stored_head,
 )
-from minilora.files.safetensors import save_safetensors, write_atomically
-from minilora.lora.adapter import Adapter, Factors, by_module, get_adapter, replaced_head
+from minilora.files.peft_read import as_adapter
+from minilora.files.together import save_pair
+from minilora.lora.adapter import Adapter, Factors, by_module, check_fits, get_adapter
 from minilora.lora.dora import column_norms
 from minilora.lora.surgery import base_modules
 from minilora.nn.gpt import GPT
 from minilora.nn.module import Module
+from minilora.nn.validate import CheckpointError
 
 # ---- Under our names
 
@@ -47,17 +53,18 @@ def save_adapter(model: Module, path: str | Path) -> None:
     ------
     ValueError
         If there is no LoRA layer, or if PEFT cannot represent the adapter: DoRA and plain LoRA
-        are mixed, or a LoRA layer is also stored whole.
+        are mixed, a LoRA layer is also stored whole, a number is not finite, and the like.
+        Nothing has been written then.
     """
-    adapter = with_stored_head(model, get_adapter(model))
-    _check_kinds(adapter)
+    adapter = _storable(model)
     base = base_modules(model)
     saved = {
         name: array if array.ndim < 2 or is_embedding(base, name) else array.T
         for name, array in adapter.saved.items()
     }
     settings = {"fan_in_fan_out": False, "task_type": None}
-    _write(Adapter(adapter.layers, saved, adapter.dropout), path, linear_names(base), settings)
+    adapter = Adapter(adapter.layers, saved, adapter.dropout)
+    _write(model, adapter, Path(path), linear_names(base), settings)
 
 
 # ---- Under the names of transformers
@@ -86,11 +93,12 @@ def save_peft(model: GPT, path: str | Path) -> None:
     """
     if not isinstance(model, GPT):
         raise TypeError(f"save_peft is for a GPT, got {type(model).__name__}")
-    adapter = with_stored_head(model, get_adapter(model))
-    _check_kinds(adapter)
+    adapter = _storable(model)
     base = base_modules(model)
     parameters = base_parameters(base)
-    layers = _fused_layers(adapter.layers, parameters)
+    shared = {id(base[path]): f for path, f in adapter.layers.items()}  # a layer in two places
+    everywhere = {path: shared[id(m)] for path, m in base.items() if id(m) in shared}
+    layers = _fused_layers(everywhere, parameters)
     saved = _fused_saved(adapter.saved, parameters)
     classifies = _classifies(model, adapter)
     if classifies:
@@ -99,14 +107,31 @@ def save_peft(model: GPT, path: str | Path) -> None:
               for head in HEADS if f"{head}.weight" in saved}
     linears = list(dict.fromkeys(map(their_name, linear_names(base))))
     settings = {"fan_in_fan_out": True, "task_type": "SEQ_CLS" if classifies else "CAUSAL_LM"}
-    _write(Adapter(layers, saved, adapter.dropout), path, linears, settings)
+    _write(model, Adapter(layers, saved, adapter.dropout), Path(path), linears, settings)
+
+
+def _storable(model: Module) -> Adapter:
+    """Return the model's adapter with everything that PEFT's layout needs.
+
+    Raises ValueError if some layers are DoRA and some are plain, or if a parameter that is stored
+    whole has not the size that the model's configuration says.
+    """
+    adapter = complete(model, with_stored_head(model, get_adapter(model)))
+    sizes = parameter_shapes(model.config) if isinstance(model, GPT) else {}
+    for name, array in adapter.saved.items():
+        if not name.startswith("lm_head.") and array.shape != sizes.get(name, array.shape):
+            raise ValueError(f"{name} is {array.shape}, the config says {sizes[name]}: no base "
+                             "would fit the adapter")
+    if len({f.magnitude is None for f in adapter.layers.values()}) > 1:
+        raise ValueError("PEFT has one use_dora for all layers: DoRA and plain LoRA are mixed here")
+    return adapter
 
 
 def _classifies(model: GPT, adapter: Adapter) -> bool:
-    """Whether the head, on the model or stored, is not one logit for each token."""
+    """Whether the head that is stored is not one logit for each token."""
     head = adapter.saved.get("lm_head.weight")
     vocabulary = (model.config.d_model, model.config.vocab_size)
-    return replaced_head(model) or head is not None and head.shape != vocabulary
+    return head is not None and (head.shape != vocabulary or "lm_head.bias" in adapter.saved)
 
 
 def _with_score(saved: Arrays) -> Arrays:
@@ -190,18 +215,22 @@ def _magnitude(f: Factors | None, weight: np.ndarray) -> np.ndarray:
 # ---- The files
 
 
-def _write(adapter: Adapter, path: str | Path, linears: list[str], extra: Config) -> None:
+def _write(
+    model: Module, adapter: Adapter, folder: Path, linears: list[str], extra: Config
+) -> None:
     """Write an adapter in the file's names and orientation; `linears` are all of the model's."""
-    config = _settings(adapter, linears) | extra
-    text = json.dumps(config, indent=2).encode()  # if this fails, nothing has been written
-    save_safetensors(Path(path) / WEIGHTS_FILE, _tensors(adapter), {"format": "pt"})
-    write_atomically(Path(path) / CONFIG_FILE, text)
+    settings, tensors = _settings(adapter, linears) | extra, _tensors(adapter)
+    try:
+        found, _ = in_our_names(model, *as_adapter(folder, settings, tensors))
+        check_fits(model, found)
+    except CheckpointError as error:  # a file that nobody could read must not replace another
+        raise ValueError(f"PEFT's files cannot hold this adapter: {error}") from None
+    save_pair(folder / WEIGHTS_FILE, tensors, folder / CONFIG_FILE, settings)
 
 
 def _settings(adapter: Adapter, linears: list[str]) -> Config:
     """Return the settings that describe an adapter; ValueError if PEFT cannot express it."""
-    layers, names = adapter.layers, sorted(adapter.layers)
-    whole, biases = _whole_and_biases(adapter.saved)
+    layers, names, whole = adapter.layers, sorted(adapter.layers), whole_modules(adapter.saved)
     dora = any(f.magnitude is not None for f in layers.values())
     if both := set(whole) & set(layers):
         raise ValueError(f"{', '.join(sorted(both))}: PEFT has no LoRA on a module stored whole")
@@ -213,24 +242,11 @@ def _settings(adapter: Adapter, linears: list[str]) -> Config:
         "lora_dropout": adapter.dropout,
         "target_modules": names,
         "modules_to_save": whole or None,
-        "bias": "none" if not biases else "lora_only" if set(biases) <= set(layers) else "all",
+        "bias": which_biases(adapter),
     }
     if {name for name in linears if targeted(config, name)} != set(layers):
         config["target_modules"] = "|".join(map(re.escape, names))  # a regex fits whole names
     return config
-
-
-def _check_kinds(adapter: Adapter) -> None:
-    """Raise ValueError if some layers are DoRA and some are plain, before any are fused."""
-    if len({f.magnitude is None for f in adapter.layers.values()}) > 1:
-        raise ValueError("PEFT has one use_dora for all layers: DoRA and plain LoRA are mixed here")
-
-
-def _whole_and_biases(saved: Arrays) -> tuple[list[str], list[str]]:
-    """Return the names of the modules that are stored whole, and of those with only a bias."""
-    kinds = {module: set(arrays) for module, arrays in by_module(saved).items()}
-    return ([module for module in kinds if kinds[module] != {"bias"}],
-            [module for module in kinds if kinds[module] == {"bias"}])
 
 
 def _scale_settings(layers: dict[str, Factors], use_dora: bool) -> Config:

@@ -16,10 +16,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
+import platform
+import shutil
 import stat
 import struct
 import uuid
+import zlib
 from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
@@ -36,6 +40,7 @@ DTYPES = {
 NAMES = {np.dtype(code): name for name, code in DTYPES.items() if name != "BF16"}
 MAX_HEADER = 100_000_000  # bytes; the reference implementation has the same limit
 MAX_AXES = 32
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # in names of temporary files
 
 
 # ---- Writing
@@ -44,19 +49,9 @@ MAX_AXES = 32
 def write_atomically(path: str | Path, chunks: bytes | Iterable[bytes]) -> None:
     """Write bytes to a temporary file beside `path`, then rename it.
 
-    If writing fails or is interrupted, the old file is left as it was.
-
-    Parameters
-    ----------
-    path
-        The file to write. Missing folders are created.
-    chunks
-        The contents, whole or in pieces.
-
-    Raises
-    ------
-    IsADirectoryError
-        If `path` is a directory.
+    If writing fails or is interrupted, the old file is left as it was. The temporary file of a
+    process that was killed is removed by the next one that writes to the folder. Missing folders
+    are created. Raises OSError, which names `path`, if it cannot be written.
     """
     path, temporary = _destination(path)
     try:
@@ -68,6 +63,9 @@ def write_atomically(path: str | Path, chunks: bytes | Iterable[bytes]) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))  # as those of the old file
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # a full disk gives none
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -86,8 +84,29 @@ def _destination(path: str | Path) -> tuple[Path, Path]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory, not a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
+    return path, temporary_in(path.parent)
+
+
+def temporary_in(folder: Path) -> Path:
+    """Return a new name for something temporary in a folder, after removing what was left there."""
+    for left in folder.glob(f".minilora-{HOST}-*.tmp"):
+        if not _is_running(left.name.split("-")[2]):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     # A name of its own for each writer: two threads may save to one path, and names may be long.
-    return path, path.with_name(f".{uuid.uuid4().hex}.tmp")
+    return folder / f".minilora-{HOST}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
+
+
+def _is_running(pid: str) -> bool:
+    """Whether there may be a process of this number on this machine."""
+    if os.name != "posix" or not pid.isdecimal():
+        return True  # elsewhere, os.kill would end it
+    try:
+        os.kill(int(pid), 0)
+    except (PermissionError, OverflowError):
+        return True
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def open_regular(path: str | Path) -> BufferedReader:
@@ -101,28 +120,25 @@ def open_regular(path: str | Path) -> BufferedReader:
 def save_safetensors(
     path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write named arrays to a safetensors file.
+    """Write named arrays of any shape to a safetensors file, and {text: text} to its header.
 
-    Parameters
-    ----------
-    path
-        The file to write. An old one is replaced only once the new one is complete.
-    tensors
-        {name: array of any shape}.
-    metadata
-        {text: text}, stored in the header.
+    An old file is replaced only once the new one is complete.
 
     Raises
     ------
     TypeError
         If the format has no name for a dtype, a name is not text, or the metadata do not map
         text to text.
+    ValueError
+        If a text cannot be encoded (a lone surrogate), or the header is too large to be read.
     """
     header: dict[str, Any] = {}
     if metadata:
         if not all(isinstance(text, str) for item in metadata.items() for text in item):
             raise TypeError("safetensors metadata must map str to str")
         header["__metadata__"] = metadata
+    if bad := _not_unicode(tensors, metadata or {}):
+        raise ValueError(f"{bad!r} has a lone surrogate, which no file could hold")
     arrays, offset = [], 0
     for name, tensor in tensors.items():
         array = _storable(name, tensor)
@@ -133,6 +149,8 @@ def save_safetensors(
         arrays.append(array)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the arrays start at a multiple of 8
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"{path}: the header of {len(text)} bytes is too large")
     head = struct.pack("<Q", len(text)) + text
     # The generator copies one array at a time.
     write_atomically(path, itertools.chain([head], (array.tobytes() for array in arrays)))
@@ -155,52 +173,50 @@ def _storable(name: str, tensor: np.ndarray) -> np.ndarray:
 def load_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     """Read the named arrays of a safetensors file.
 
-    Parameters
-    ----------
-    path
-        The file to read.
-
-    Returns
-    -------
-    dict
-        {name: writable array} in the file's order and dtypes; BF16 becomes float32.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is damaged.
+    Returns {name: writable array} in the file's order and dtypes; BF16 becomes float32. Raises
+    CheckpointError if the file is damaged.
     """
-    with open_regular(path) as file:
-        entries, _, size = _read_header(file, path)
-        data = bytearray(size)
-        if file.readinto(data) != size:
-            raise CheckpointError(f"{path}: the file ends before its last array")
-    return {name: _array(data, entry, f"{path}: {name}") for name, entry in entries.items()}
+    return load_with_metadata(path)[0]
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
-    """Read only the metadata of a safetensors file; {} if it has none.
-
-    Raises
-    ------
-    CheckpointError
-        If the header is damaged.
-    """
+    """Read only the metadata; {} if there are none. Raises CheckpointError for a damaged header."""
     with open_regular(path) as file:
         return _read_header(file, path)[1]
 
 
+def load_with_metadata(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read the arrays, as `load_safetensors` does, and the metadata of the same file."""
+    with open_regular(path) as file:
+        entries, metadata, size = _read_header(file, path)
+        if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()) and (  # not on Windows
+                size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+            raise CheckpointError(f"{path}: {size:,} bytes do not fit in memory")
+        data = bytearray(size)
+        if file.readinto(data) != size:
+            raise CheckpointError(f"{path}: the file ends before its last array")
+    arrays = {name: _array(data, entry, f"{path}: {name}") for name, entry in entries.items()}
+    return arrays, metadata
+
+
 def describe_safetensors(path: str | Path) -> str:
     """Return a text that lists the metadata, names, shapes and dtypes of a safetensors file."""
-    tensors, metadata = load_safetensors(path), load_metadata(path)
-    count = sum(array.size for array in tensors.values())
-    lines = [
-        f"safetensors file: {len(tensors)} arrays, {count:,} numbers, "
-        f"{os.stat(path).st_size:,} bytes"
-    ]
-    lines += [f"{key}: {value}" for key, value in metadata.items()]
-    lines += [f"  {name}: {array.shape} {array.dtype}" for name, array in tensors.items()]
+    with open_regular(path) as file:
+        entries, metadata, size = _read_header(file, path)
+    count = sum(math.prod(entry["shape"]) for entry in entries.values())
+    lines = [f"safetensors file: {len(entries)} arrays, {count:,} numbers, "
+             f"{os.stat(path).st_size:,} bytes"]
+    lines += [f"{printable(key)}: {printable(value)}" for key, value in metadata.items()]
+    for name, entry in entries.items():
+        code = entry["dtype"]
+        dtype = "bfloat16" if code == "BF16" else np.dtype(DTYPES[code]).name
+        lines.append(f"  {printable(name)}: {tuple(entry['shape'])} {dtype}")
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Return the text with escapes for the characters that would act on a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _read_header(
@@ -233,7 +249,16 @@ def _parse_header(text: bytes, path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header must be a JSON object")
+    metadata = header.get("__metadata__")
+    if bad := _not_unicode(header, metadata if isinstance(metadata, dict) else {}):
+        raise CheckpointError(f"{path}: {bad!r} has a lone surrogate, which no text may have")
     return header
+
+
+def _not_unicode(names: Iterable[Any], metadata: dict[Any, Any]) -> str:
+    """Return a name, or a text of the metadata, that UTF-8 cannot encode; "" if there is none."""
+    texts = [text for text in (*names, *metadata, *metadata.values()) if isinstance(text, str)]
+    return next((t for t in texts if any("\ud800" <= c <= "\udfff" for c in t)), "")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -298,15 +323,11 @@ def _array(data: bytearray, entry: dict[str, Any], what: str) -> np.ndarray:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises
-    ------
-    CheckpointError
-        If the file contains anything else.
-    """
+    """Read a JSON object. Raises CheckpointError if the file contains anything else."""
     with open_regular(path) as file:
-        text = file.read()
+        text = file.read(MAX_HEADER + 1)
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(f"{path} has more than {MAX_HEADER:,} bytes")
     try:
         value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -6,9 +6,9 @@ own learning rate, and the promises of LoRA are measured on the way.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
+import shutil
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
@@ -22,7 +22,8 @@ from minilora.data.corpus import load_tokens
 from minilora.files.checkpoint import load_base, save_checkpoint
 from minilora.files.peft_write import save_adapter
 from minilora.files.safetensors import check_writable, write_atomically
-from minilora.lab.plots import by_method
+from minilora.files.together import results
+from minilora.lab import plots
 from minilora.lora.wrap import remove_lora, replace_linear_with_lora
 from minilora.nn.gpt import GPT
 from minilora.train.history import History
@@ -35,7 +36,7 @@ from minilora.train.schedule import cosine_schedule
 FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-3, 1e-2
 BATCH_SIZE, WARMUP = 16, 20
 EVALUATION_BATCHES, EVALUATION_BATCH_SIZE = 8, 32
-RESULT = "compare.json"
+RESULT, ADAPTER = "compare.json", "adapters/r{rank}-seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -159,22 +160,14 @@ def fine_tune(
 
     Parameters
     ----------
-    model : GPT
-        With LoRA or without.
     data : Data
         Cut for the model's context length.
     learning_rate : float
         The peak, reached after the warm-up.
-    steps : int
-        Training steps.
     seed : int
         Seed of the batches.
-    threads : int, optional
-        Threads that share each batch; None: as many as pay off.
-    progress, description : bool, str
-        Whether to show a progress bar, and its name.
-    validate_every : int
-        Steps between evaluations on held-out code.
+    threads, progress, description, validate_every
+        As for `fit`; the evaluations are on held-out code.
     """
     length = model.config.context_length
     return fit(
@@ -231,20 +224,21 @@ def _store(model: GPT, rank: int | None, seed: int, folder: Path) -> int:
         with tempfile.TemporaryDirectory() as temporary:
             save_checkpoint(model, Path(temporary) / "model.safetensors")
             return file_bytes(Path(temporary))
-    adapter = folder / "adapters" / f"r{rank}-seed{seed}"
+    adapter = folder / ADAPTER.format(rank=rank, seed=seed)
     save_adapter(model, adapter)
     return file_bytes(adapter)
 
 
 def file_bytes(folder: Path) -> int:
-    """Return the total bytes of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.iterdir())
+    """Return the total bytes of the files in a folder, without hidden ones."""
+    return sum(path.stat().st_size for path in folder.glob("[!.]*"))
 
 
 def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[str, Any]:
-    """Run every method with every seed, and write the numbers to `out`/compare.json.
+    """Run every method with every seed; write numbers, adapters and figures to `out`.
 
-    Ctrl-C ends the comparison early; complete runs are kept.
+    They appear there together, at the end. Ctrl-C ends the comparison early; runs that are
+    complete are kept.
 
     Returns
     -------
@@ -268,15 +262,20 @@ def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[
     data = Data.for_context(base.config.context_length)
     docs_base = evaluate(base, data.docs_held_out, settings.threads)
     runs: list[Run] = []
-    with contextlib.suppress(KeyboardInterrupt):
+    with results(Path(out), RESULT) as folder:
         for seed, rank in settings.plan:
-            runs.append(run_method(settings, data, rank, seed, Path(out), progress))
-    if not runs:  # an earlier result is worth more than none
-        raise KeyboardInterrupt
-    result = {
-        "settings": asdict(settings), "docs_base": docs_base, "runs": [asdict(run) for run in runs]
-    }
-    write_atomically(Path(out) / RESULT, json.dumps(result).encode())
+            try:
+                runs.append(run_method(settings, data, rank, seed, folder, progress))
+            except KeyboardInterrupt:
+                if not runs:  # an earlier result is worth more than none
+                    raise
+                shutil.rmtree(folder / ADAPTER.format(rank=rank, seed=seed), ignore_errors=True)
+                break
+        result = {"settings": asdict(settings), "docs_base": docs_base,
+                  "runs": [asdict(run) for run in runs]}
+        for name, figure in plots.COMPARISON.items():
+            plots.save(figure(result), folder / name)
+        write_atomically(folder / RESULT, json.dumps(result).encode())
     return result
 
 
@@ -293,7 +292,7 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
     """Return the table's cells: one row per method, mean ± standard deviation over seeds."""
     full_runs = [run for run in result["runs"] if run["rank"] is None]
     full_gain = {run["seed"]: _gain(run) or math.nan for run in full_runs}
-    return [_row(runs, full_gain, result["docs_base"]) for runs in by_method(result).values()]
+    return [_row(runs, full_gain, result["docs_base"]) for runs in plots.by_method(result).values()]
 
 
 def _row(group: list[dict[str, Any]], full_gain: dict[int, float], docs_base: float) -> list[str]:

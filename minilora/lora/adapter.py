@@ -28,7 +28,7 @@ from minilora.lora.surgery import (
 )
 from minilora.lora.wrap import remove_lora
 from minilora.nn.gpt import GPT
-from minilora.nn.layers import Linear, TiedHead
+from minilora.nn.layers import Linear
 from minilora.nn.module import M, Module, Parameter
 from minilora.nn.validate import CheckpointError, Rng, closest, make_rng
 
@@ -125,11 +125,14 @@ def get_adapter(model: Module) -> Adapter:
 
     Raises
     ------
-    ValueError : if nothing is adapted, or the model itself has trainable parameters of its own
+    ValueError : if nothing is adapted, the model itself has trainable parameters of its own, its
+        head was replaced by anything but a Linear, or a layer that is in two places is adapted in
+        one of them
     TypeError : if the model is a bare layer or not a Module
     """
     check_tree(model)
     wrapped = wrappers(model)
+    _check_places(model, wrapped)
     layers: dict[str, Factors] = {}
     saved: dict[str, np.ndarray] = {}
     dropout, seen = 0.0, set()
@@ -139,6 +142,9 @@ def get_adapter(model: Module) -> Adapter:
         module = outer.module if isinstance(outer, ModuleToSave) else outer
         if path == "lm_head" and isinstance(model, GPT) and replaced_head(model):
             head = module.to_linear() if isinstance(module, LinearWithLoRA) else module
+            if not isinstance(head, Linear):
+                raise ValueError(f"the head was replaced by {head.title()}: an adapter can hold a "
+                                 "Linear only")
             saved |= {f"lm_head.{name}": p.data.copy() for name, p in head.named_parameters()}
             continue
         if isinstance(module, LinearWithLoRA) and id(module) not in seen:
@@ -155,13 +161,19 @@ def get_adapter(model: Module) -> Adapter:
 
 
 def replaced_head(model: GPT) -> bool:
-    """Return whether the head, without any LoRA on it, differs from the configuration's."""
-    c, head = model.config, unwrapped(model.lm_head)
-    if isinstance(head, TiedHead):
-        return not c.tie_weights
-    if c.tie_weights or not isinstance(head, Linear):
-        return True
-    return head.bias is not None or head.weight.shape != (c.d_model, c.vocab_size)
+    """Return whether the head, without any LoRA on it, is not the one that GPT made."""
+    return not getattr(unwrapped(model.lm_head), "of_config", False)
+
+
+def _check_places(model: Module, wrapped: dict[str, LinearWithLoRA | ModuleToSave]) -> None:
+    """Raise ValueError if a module that is in several places is not wrapped alike in all."""
+    base = base_modules(model)
+    places = {id(base[path]): path for path in wrapped}
+    for path, module in base.items():
+        other = places.get(id(module), path)
+        if wrapped.get(path) is not wrapped.get(other):
+            raise ValueError(f"{path} and {other} are one layer of the base, but have not the same "
+                             "adapter: an adapter is for a layer wherever it is")
 
 
 def _factors(layer: LinearWithLoRA) -> Factors:
@@ -176,7 +188,8 @@ def _stored_whole(outer: Module) -> dict[str, Parameter]:
     held = module.linear if isinstance(module, LinearWithLoRA) else module
     if isinstance(outer, ModuleToSave):
         base = {id(p) for p in outer.original.parameters()}
-        return {name: p for name, p in held.named_parameters() if id(p) not in base}
+        return {f"{path}.{name}" if path else name: p for path, m in held.named_modules()
+                for name, p in vars(m).items() if isinstance(p, Parameter) and id(p) not in base}
     return {name: p for name, p in vars(held).items()
             if isinstance(p, Parameter) and p.requires_grad}
 
@@ -195,11 +208,8 @@ def attach(model: M, adapter: Adapter) -> M:
     CheckpointError : if names, shapes or numbers do not fit; the message lists them all
     TypeError : if the model is a bare layer or not a Module
     """
-    check_tree(model)
+    check_fits(model, adapter)
     base = base_modules(model)
-    faults = _misfits(model, base, adapter)
-    if faults:
-        raise CheckpointError("the adapter does not fit the model: " + "; ".join(faults))
     new: dict[str, Module] = {}
     rng = make_rng(0)  # one for all layers, so that their dropout masks differ
     shared: dict[int, Parameter] = {}
@@ -269,6 +279,13 @@ def by_module(saved: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
         path, _, parameter = name.rpartition(".")
         grouped.setdefault(path, {})[parameter] = array
     return grouped
+
+
+def check_fits(model: Module, adapter: Adapter) -> None:
+    """Raise the errors of `attach`. The model is not changed."""
+    check_tree(model)
+    if faults := _misfits(model, base_modules(model), adapter):
+        raise CheckpointError("the adapter does not fit the model: " + "; ".join(faults))
 
 
 def _misfits(model: Module, base: dict[str, Module], adapter: Adapter) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
+from collections.abc import Iterable
 
+from minilora.lora.layer import LinearWithLoRA
 from minilora.lora.saved import ModuleToSave
 from minilora.lora.surgery import base_modules, check_tree, inside, wrappers
 from minilora.nn.layers import Linear, TiedHead
@@ -21,13 +24,46 @@ def find_targets(model: Module, target_modules: str | list[str] | None = None) -
     """
     check_tree(model)
     wrapped = wrappers(model)
-    saved = {path: m for path, m in wrapped.items() if isinstance(m, ModuleToSave)}
+    return {path: linear for path, linear in _matching(model, target_modules).items()
+            if path not in wrapped}
+
+
+def _matching(model: Module, target_modules: str | list[str] | None) -> dict[str, Linear]:
+    """Return {dotted name: Linear} for the Linears that match, without their wrappers."""
+    saved = {path: m for path, m in wrappers(model).items() if isinstance(m, ModuleToSave)}
     linears = {path: module for path, module in base_modules(model).items()
                if isinstance(module, Linear) and (path in saved or not inside(path, saved))}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no Linear layer to adapt")
-    names = match_names(list(linears), target_modules)
-    return {name: linears[name] for name in names if name not in wrapped}
+    return {path: linears[path] for path in match_names(list(linears), target_modules)}
+
+
+def warn_of_rank(rank: int, linears: Iterable[Linear]) -> None:
+    """Warn if the rank is above min(in, out) of every layer."""
+    most = max((min(linear.weight.shape) for linear in linears), default=rank)
+    if rank > most:
+        warnings.warn(f"rank {rank} is above min(in, out) = {most}: A B cannot have a rank above "
+                      f"that, so rank {most} could learn the same with fewer parameters",
+                      stacklevel=3)
+
+
+def keeps(model: Module, target_modules: str | list[str] | None, wanted: tuple) -> bool:
+    """Return whether the adapted layers that match are frozen but for their adapters.
+
+    Warns if their (type, rank, alpha, scaling) are not the wanted ones.
+    """
+    wrapped = wrappers(model)
+    kept = {path: layer for path in _matching(model, target_modules)
+            if isinstance(layer := wrapped.get(path), LinearWithLoRA)}
+    other = [path for path, layer in kept.items()
+             if (type(layer), layer.lora.rank, layer.lora.alpha, layer.lora.scaling) != wanted]
+    if other:
+        more = f" (and {len(other) - 1} more)" if other[1:] else ""
+        old = kept[other[0]].lora
+        warnings.warn(f"{other[0]}{more} has an adapter already, of rank {old.rank} and alpha "
+                      f"{old.alpha:g}, and keeps it: call remove_lora first for a new one",
+                      stacklevel=3)
+    return not any(layer.linear.is_trainable() for layer in kept.values())
 
 
 def find_modules(model: Module, names: str | list[str]) -> dict[str, Module]:
@@ -49,6 +85,9 @@ def find_modules(model: Module, names: str | list[str]) -> dict[str, Module]:
         del known[path]
     found: dict[str, Module] = {}
     for path in match_names(list(known), names, "module"):
+        if type(known[path]).forward is Module.forward:
+            raise ValueError(f"{path} is a {type(known[path]).__name__} without a forward: name "
+                             "the modules in it")
         if inside(path, found) or isinstance(wrapped.get(path), ModuleToSave):
             continue
         if any(inside(name, [path]) for name in wrapped):

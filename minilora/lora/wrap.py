@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
-
 import numpy as np
 
 from minilora.lora.dora import DoRALinear
@@ -22,10 +19,9 @@ from minilora.lora.surgery import (
     unwrapped,
     wrappers,
 )
-from minilora.lora.targets import find_modules, find_targets
-from minilora.nn.layers import Linear
+from minilora.lora.targets import find_modules, find_targets, keeps, warn_of_rank
 from minilora.nn.module import M, Module
-from minilora.nn.validate import Rng, check_dropout, make_rng
+from minilora.nn.validate import Rng, check_dropout, check_flag, make_rng
 
 
 def replace_linear_with_lora(
@@ -41,9 +37,10 @@ def replace_linear_with_lora(
 ) -> M:
     """Freeze a model, wrap its Linear layers in `LinearWithLoRA` in place, and return the model.
 
-    Layers that are already wrapped are left alone, so repeating a call changes nothing. All
-    arguments are checked before anything is changed. Warns if the rank is above min(in, out) of
-    every target; in one narrow layer, such as a two-class head, that is hard to avoid.
+    Layers that are already wrapped are left alone, so repeating a call changes nothing, but it
+    freezes their base again. All arguments are checked before anything is changed. Warns if a call
+    asks for another rank, alpha or kind and adds nothing, or for a rank above min(in, out) of every
+    target; in one narrow layer, such as a two-class head, that is hard to avoid.
 
     Parameters
     ----------
@@ -60,13 +57,14 @@ def replace_linear_with_lora(
     """
     lora_scale(rank, alpha, scaling)  # for its errors
     check_dropout(dropout)
+    check_flag(use_dora=use_dora)
     saved = find_modules(model, modules_to_save) if modules_to_save is not None else {}
     targets = {path: linear for path, linear in find_targets(model, target_modules).items()
                if not inside(path, saved)}
-    if not targets and not saved:
-        return model
-    _warn_of_rank(rank, targets.values())
     rng, kind = make_rng(rng), DoRALinear if use_dora else LinearWithLoRA
+    if not targets and not saved and keeps(model, target_modules, (kind, rank, alpha, scaling)):
+        return model
+    warn_of_rank(rank, targets.values())
     new: dict[int, Module] = {}  # by id: a module in two places has one wrapper
     for linear in targets.values():
         if id(linear) not in new:
@@ -76,14 +74,6 @@ def replace_linear_with_lora(
     install(model, {path: new[id(module)] for path, module in (targets | saved).items()})
     freeze_base(model)
     return model
-
-
-def _warn_of_rank(rank: int, linears: Iterable[Linear]) -> None:
-    most = max((min(linear.weight.shape) for linear in linears), default=rank)
-    if rank > most:
-        warnings.warn(f"rank {rank} is above min(in, out) = {most}: A B cannot have a rank above "
-                      f"that, so rank {most} could learn the same with fewer parameters",
-                      stacklevel=3)
 
 
 def lora_state_dict(model: Module) -> dict[str, np.ndarray]:

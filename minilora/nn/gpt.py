@@ -135,11 +135,9 @@ class GPT(Module):
         self.drop = Dropout(c.dropout, rng)
         self.h = ModuleList(Block(c, dtype, rng) for _ in range(c.n_layers))
         self.ln_f = LayerNorm(c.d_model, c.bias, c.layer_norm_eps, dtype)
-        self.lm_head: Module
-        if c.tie_weights:
-            self.lm_head = TiedHead(self)
-        else:
-            self.lm_head = Linear(c.d_model, c.vocab_size, bias=False, dtype=dtype, rng=rng)
+        self.lm_head: Module = TiedHead(self) if c.tie_weights else Linear(
+            c.d_model, c.vocab_size, bias=False, dtype=dtype, rng=rng)
+        vars(self.lm_head)["of_config"] = True  # a head that replaces it belongs to a task
         self._initialise(rng)
 
     def _initialise(self, rng: np.random.Generator) -> None:

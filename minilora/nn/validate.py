@@ -55,6 +55,13 @@ def check_dropout(p: float) -> None:
         raise ValueError(f"dropout needs 0 <= p < 1, got {p}")
 
 
+def check_flag(**flags: Any) -> None:
+    """Raise TypeError unless every value is True or False: "no" would count as True."""
+    for name, flag in flags.items():
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
 def check_float(owner: Any, x: Any) -> np.ndarray:
     """Return x as an array. Raises TypeError unless it is floating-point."""
     x = np.asarray(x)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import struct
@@ -7,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minilora.files import safetensors
 from minilora.files.safetensors import (
+    describe_safetensors,
     load_metadata,
     load_safetensors,
     read_json,
@@ -189,3 +192,61 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
         for read in (load_safetensors, load_metadata, read_json):
             with pytest.raises(CheckpointError, match="is not a regular file"):
                 read(path)
+
+
+@pytest.mark.parametrize("tensors, metadata", [
+    ({"a\ud800": np.zeros(2)}, None), ({}, {"k\udfff": "v"}), ({}, {"k": "v\udc80"}),
+])
+def test_lone_surrogates_are_refused_both_ways(tmp_path, tensors, metadata):
+    with pytest.raises(ValueError, match="lone surrogate"):
+        save_safetensors(tmp_path / "x", tensors, metadata)
+    assert not list(tmp_path.iterdir())
+    header = {name: entry(shape=(1,), offsets=(0, 4)) for name in tensors}
+    path = file_of(tmp_path, header | ({"__metadata__": metadata} if metadata else {}),
+                   b"1234" if tensors else b"")
+    with pytest.raises(CheckpointError, match="lone surrogate"):
+        load_safetensors(path)
+
+
+def test_names_beyond_the_basic_plane_are_no_lone_surrogates(tmp_path):
+    save_safetensors(tmp_path / "x", {"😀": np.ones(1)}, {"😀": "𝔸"})
+    assert list(load_safetensors(tmp_path / "x")) == ["😀"]
+    assert load_metadata(tmp_path / "x") == {"😀": "𝔸"}
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "x", b"old")
+
+    def chunks():
+        yield b"half"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=f"No space left on device.*{tmp_path / 'x'}"):
+        write_atomically(tmp_path / "x", chunks())
+    assert (tmp_path / "x").read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_header_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors, "MAX_HEADER", 100)
+    with pytest.raises(ValueError, match="header of .* bytes is too large"):
+        save_safetensors(tmp_path / "x", {"n" * 100: np.zeros(1)})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "large.json").write_text(json.dumps({"a": "b" * 100}))
+    with pytest.raises(CheckpointError, match="has more than 100 bytes"):
+        read_json(tmp_path / "large.json")
+
+
+def test_sparse_terabytes_take_no_time_and_no_memory(tmp_path):
+    size = 2**42
+    path = file_of(tmp_path, {"x": entry("F32", (size // 4,), (0, size))})
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size + size)
+    assert f"x: ({size // 4},) float32" in describe_safetensors(path)
+    with pytest.raises(CheckpointError, match="4,398,046,511,104 bytes do not fit in memory"):
+        load_safetensors(path)
+    with open(tmp_path / "zeros", "wb") as file:
+        file.truncate(size)
+    with pytest.raises(CheckpointError, match="not JSON"):
+        load_safetensors(tmp_path / "zeros")
+    with pytest.raises(CheckpointError, match="has more than"):
+        read_json(tmp_path / "zeros")

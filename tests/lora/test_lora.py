@@ -142,11 +142,29 @@ def test_zero_b_leaves_the_output_bit_identical(ids, rng):
 def test_a_second_call_changes_nothing():
     model = adapted()
     before, text = model.state_dict(), repr(model)
-    ml.replace_linear_with_lora(model, 3, 9, rng=5)
-    ml.replace_linear_with_lora(model, 3, 9, target_modules=["q_proj"], rng=5)
+    ml.replace_linear_with_lora(model, 2, 4, rng=5)
+    ml.replace_linear_with_lora(model, 2, 4, target_modules=["q_proj"], rng=5)
     assert repr(model) == text
     assert all(np.array_equal(before[name], array) for name, array in model.state_dict().items())
     assert all(layer.lora.A.requires_grad for _, layer in lora_layers(model))
+
+
+@pytest.mark.parametrize("other", [dict(rank=3), dict(alpha=9), dict(use_dora=True),
+                                   dict(scaling="alpha")])
+def test_a_second_call_that_asks_for_something_else_warns(other):
+    model = adapted()
+    text = repr(model)
+    with pytest.warns(UserWarning, match=r"h.0.attn.q_proj \(and 12 more\) has an adapter already, "
+                                         "of rank 2 and alpha 4, and keeps it: call remove_lora"):
+        ml.replace_linear_with_lora(model, **{"rank": 2, "alpha": 4} | other)
+    assert repr(model) == text
+
+
+def test_a_second_call_freezes_a_base_that_was_unfrozen():
+    model = adapted().unfreeze()
+    ml.replace_linear_with_lora(model, 2, 4)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(
+        ml.lora_state_dict(model))
 
 
 def test_a_second_call_can_add_other_layers():

@@ -1,0 +1,139 @@
+"""Files that belong together: weights with their settings, and all results of one command.
+
+One file can be replaced at once, several cannot. So whatever moment a process is killed at, a
+reader must find all files of one save, or notice that they are of two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.files.safetensors import (
+    load_with_metadata,
+    read_json,
+    save_safetensors,
+    temporary_in,
+    write_atomically,
+)
+from minilora.nn.validate import CheckpointError
+
+FINGERPRINT = "minilora_fingerprint"
+# PEFT knows this setting, in which others may put what they like, and ignores it.
+PLACE = "auto_mapping"
+ATTEMPTS = 10  # at reading a pair, if somebody writes it meanwhile
+READY = ".next"  # the name of results that are complete, but not in their place yet
+
+Settings = dict[str, Any]
+Arrays = dict[str, np.ndarray]
+_saving = threading.Lock()
+
+
+# ---- Weights with their settings
+
+
+def save_pair(weights: Path, tensors: Arrays, config: Path, settings: Settings) -> None:
+    """Write a safetensors file and the JSON file that it cannot be used without.
+
+    Both get a fingerprint of the two. The settings are first written beside `config`: until the
+    new weights are in place, the old pair is complete, and from then on the new one is.
+    """
+    fingerprint = _fingerprint(tensors, settings)
+    text = json.dumps(settings | {PLACE: {FINGERPRINT: fingerprint}}, indent=2).encode()
+    with _saving:
+        write_atomically(_upcoming(config), text)
+        save_safetensors(weights, tensors, {"format": "pt", FINGERPRINT: fingerprint})
+        write_atomically(config, text)
+        _upcoming(config).unlink()
+
+
+def load_pair(weights: Path, config: Path) -> tuple[Settings, Arrays]:
+    """Read what `save_pair` or another library wrote; theirs have no fingerprint.
+
+    Raises CheckpointError if a file is damaged, or if they are from two saves.
+    """
+    for _ in range(ATTEMPTS):
+        settings = _read_if_there(config)
+        upcoming = _read_if_there(_upcoming(config))
+        if settings is None and upcoming is None:
+            settings = read_json(config)  # for its error
+        tensors, metadata = load_with_metadata(weights)
+        mark = metadata.get(FINGERPRINT)
+        for found in (settings, upcoming):
+            if found is not None and mark is not None and _mark(found) == mark:
+                return found, tensors
+        if settings is not None and (mark is None or _mark(settings) is None):
+            return settings, tensors
+    raise CheckpointError(f"{config} and {weights.name} are from two different saves: save both "
+                          "again, or take both from the same copy")
+
+
+def _upcoming(config: Path) -> Path:
+    return config.with_name(f".{config.name}{READY}")
+
+
+def _read_if_there(path: Path) -> Settings | None:
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+
+
+def _mark(settings: Settings) -> Any:
+    place = settings.get(PLACE)
+    return place.get(FINGERPRINT) if isinstance(place, dict) else None
+
+
+def _fingerprint(tensors: Arrays, settings: Settings) -> str:
+    """Return a text that differs for any other weights or settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, array in sorted(tensors.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+# ---- All results of one command
+
+
+@contextlib.contextmanager
+def results(folder: Path, record: str) -> Iterator[Path]:
+    """Yield a temporary folder, whose files move into `folder` together when the context ends.
+
+    `record` is the file that describes the others: the old one is removed before they move, and
+    the new one comes last. If the process is killed while they move, the next call moves the rest.
+    If an error ends the context, `folder` stays as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _move_ready(folder, record)
+    temporary = temporary_in(folder)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _move_ready(folder, record)  # those of another process, if there are any
+        os.rename(temporary, folder / READY)
+        _move_ready(folder, record)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_ready(folder: Path, record: str) -> None:
+    """Move results that are complete to their places."""
+    ready = folder / READY
+    if (ready / record).exists():
+        (folder / record).unlink(missing_ok=True)
+        files = [path for path in ready.rglob("*") if path.is_file() and path != ready / record]
+        for path in [*sorted(files), ready / record]:
+            place = folder / path.relative_to(ready)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    shutil.rmtree(ready, ignore_errors=True)
