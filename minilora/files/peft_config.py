@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from minilora.files.patterns import PatternError, compiled, ends
 from minilora.files.safetensors import refuse_settings
 from minilora.nn.validate import CheckpointError
 
@@ -39,7 +40,7 @@ DEFAULTS = {
     "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "target_modules": None,
     "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
 }
-MAX_PATTERN = 1000  # characters
+NUMBER = re.compile(r"\.(\d+)\.")  # of a layer, inside a name
 
 Config = dict[str, Any]
 
@@ -100,7 +101,7 @@ def _check_numbers(path: Path, config: Config) -> None:
     for key, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         patterns = config[key]
         right = (isinstance(patterns, dict) and all(map(is_right, patterns.values()))
-                 and all(map(_is_harmless, patterns)))
+                 and all(map(_is_pattern, patterns)))
         check(key, right, "regular expressions with their numbers")
 
 
@@ -108,7 +109,7 @@ def _check_names(path: Path, config: Config) -> None:
     """Check the settings that name modules."""
     for key in ("target_modules", "exclude_modules"):
         value = config[key]
-        right = _is_harmless(value) if isinstance(value, str) else value is None or _is_names(value)
+        right = _is_pattern(value) if isinstance(value, str) else value is None or _is_names(value)
         _check(path, config, key, right, "names or a regular expression")
     _check(path, config, "modules_to_save", _is_names(config["modules_to_save"]), "a list of names")
 
@@ -121,7 +122,7 @@ def _check_layer_selection(path: Path, config: Config) -> None:
     )
     _check(path, config, "layers_to_transform", right, "a number or a list of numbers")
     pattern = [pattern] if isinstance(pattern, str) else pattern or []
-    right = _is_names(pattern) and all(map(_is_harmless, pattern))
+    right = _is_names(pattern) and all(map(_is_pattern, pattern))
     _check(path, config, "layers_pattern", right, "names")
     if isinstance(config["target_modules"], str) and index not in (None, []):
         raise CheckpointError(f"{path}: layers_to_transform needs a list as target_modules; PEFT "
@@ -143,15 +144,12 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _is_harmless(pattern: str) -> bool:
-    """Whether it is a valid regex without nested quantifiers (exponential backtracking)."""
-    if len(pattern) > MAX_PATTERN or re.search(r"[*+}][^()]*\)[*+{]", pattern):
-        return False
+def _is_pattern(text: str) -> bool:
+    """Whether it is a regular expression that `patterns` supports."""
     try:
-        re.compile(rf"(.*\.)?({pattern})$")  # as `by_pattern` uses it
-        re.compile(pattern)
+        compiled(text)
         return True
-    except (re.error, RecursionError, OverflowError):
+    except PatternError:
         return False
 
 
@@ -170,10 +168,17 @@ def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
     default
         Returned if no pattern matches.
     """
+    starts = _starts(name)
+    stops = {len(name), len(name.removesuffix("\n"))}  # as $
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if any(not stops.isdisjoint(ends(pattern, name, start)) for start in starts):
             return value
     return default
+
+
+def _starts(name: str) -> list[int]:
+    """Return where a name or the end of one begins: at 0, and after each dot of the first line."""
+    return [0, *(i + 1 for i, c in enumerate(name.partition("\n")[0]) if c == ".")]
 
 
 def targeted(config: Config, name: str) -> bool:
@@ -201,16 +206,16 @@ def _in_selected_layer(config: Config, name: str) -> bool:
         return True
     # The number is the first in the name, or the first after one of layers_pattern.
     for before in [patterns] if isinstance(patterns, str) else patterns or [r".*?\.[^.]*"]:
-        found = re.match(rf"(?:^|.*?\.)(?:{before})\.(?P<layer_index>\d+)\.", name)
-        if found:
-            return int(found["layer_index"]) in ([index] if isinstance(index, int) else index)
+        for stop in (stop for start in _starts(name) for stop in ends(before, name, start)):
+            if found := NUMBER.match(name, stop):
+                return int(found[1]) in ([index] if isinstance(index, int) else index)
     return False
 
 
 def _names_or_regex(wanted: str | list[str], name: str) -> bool:
     """Whether the regex matches the whole name, or the list has the name or its end."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return len(name) in ends(wanted, name)
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minilora.files.patterns import bounded
 from minilora.files.peft_config import (
     BASE_WEIGHT,
     CONFIG_FILE,
@@ -42,6 +43,7 @@ FACTOR = re.compile(
 )
 
 
+@bounded()
 def load_adapter(model: M, path: str | Path) -> M:
     """Attach an adapter from disk to a model, replacing any that it has.
 
@@ -80,6 +82,7 @@ def load_adapter(model: M, path: str | Path) -> M:
     return model
 
 
+@bounded()
 def read_adapter(path: str | Path) -> tuple[Config, Adapter]:
     """Read an adapter without a model.
 
