@@ -23,7 +23,6 @@ def examples(ordinary, thorough=2_000):
     )
 
 
-
 def pytest_collection_finish(session):
     """Start the notebooks before the first test: they take longest, and most use one core."""
     wanted = [item for item in session.items if item.name.startswith("test_the_notebook_runs")]

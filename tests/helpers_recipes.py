@@ -93,9 +93,7 @@ OTHERS = {
     "sequential": _sequential, "twice": _twice, "deep": _deep,
     "gained": lambda linear, dtype: Gained(_sequential(linear, dtype), dtype),
 }
-HEADS = {  # width, bias
-    "same": (11, False), "same, bias": (11, True), "narrow": (5, False), "narrow, bias": (5, True),
-}
+HEADS = ["same", "same, bias", "narrow", "narrow, bias"]  # the shape, and whether with a bias
 
 
 # ---- Models
@@ -189,12 +187,13 @@ def replace(model, call, rng):
 def _new_head(model, recipe):
     if recipe.head == "tied":
         model.lm_head = ml.TiedHead(model)
-    elif recipe.head == "two layers":
-        layers = (ml.Linear(8, m, dtype=recipe.dtype, rng=m) for m in (8, 5))
-        model.lm_head = ml.Sequential(*layers)
     elif recipe.head:
-        width, bias = HEADS[recipe.head]
-        model.lm_head = ml.Linear(8, width, bias, recipe.dtype, rng=5)
+        c, (shape, _, bias) = model.config, recipe.head.partition(", ")
+        width = c.vocab_size if shape == "same" else 5
+        model.lm_head = ml.Linear(c.d_model, width, bool(bias), recipe.dtype, rng=5)
+    if recipe.head == "two layers":
+        inner = ml.Linear(c.d_model, c.d_model, dtype=recipe.dtype, rng=6)
+        model.lm_head = ml.Sequential(inner, model.lm_head)
 
 
 def _train(model, recipe):
