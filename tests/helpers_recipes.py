@@ -250,7 +250,7 @@ def logits(model, recipe):
 SCALINGS = ["alpha/r", "alpha/sqrt(r)", "alpha"]
 ODD_ALPHAS = [0, -1e-30, 5e-324, 1e-40, 1e29, 1e30, -1e38, 1e39, 1e300, float(2**63)]
 ODD_NUMBERS = [float("nan"), float("inf"), -float("inf"), 1e-45, 1e20, 1e30, 3e38, 1e200]
-GLOBS = ["*.ln_1.bias", "*.q_proj.bias", "*.bias", "*.ln_*.weight", "wte.weight", "lm_head.*", "*"]
+GLOBS = ["*.ln_1.bias", "*.q_proj.bias", "*.bias", "*.ln_*.weight", "w?e.weight", "lm_head.*", "*"]
 
 
 def rarely(strategy, otherwise):
