@@ -97,9 +97,11 @@ def gradients_are_the_slopes_of_the_loss(recipe):
     rng = np.random.default_rng(1)
     compared = []
     for name, p in trainable(model).items():
-        indices = [tuple(int(rng.integers(n)) for n in p.shape) for _ in range(3)]
+        indices = [tuple(rng.integers(n) for n in p.shape)]
         indices.append(np.unravel_index(np.abs(p.grad).argmax(), p.shape))
-        slopes = numerical_gradient(lambda: loss()[0], p.data, indices)
+        coarse, fine = (numerical_gradient(lambda: loss()[0], p.data, indices, h)
+                        for h in (2e-5, 1e-5))
+        slopes = (4.0 * fine - coarse) / 3.0  # Richardson: the errors of order h² cancel
         compared.append((name, slopes, np.array([p.grad[i] for i in indices])))
     most = max((np.abs(p.grad).max() for p in trainable(model).values()), default=0.0)
     for name, slopes, got in compared:
