@@ -36,8 +36,11 @@ def test_hugging_face_files_of_other_kinds(tmp_path, ids):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": shards}))
     np.testing.assert_array_equal(from_hf_gpt2(tmp_path)(ids), model(ids))
-    for bad, words in [({}, "weight_map must"), ({"weight_map": {"a": "../x"}}, "weight_map must"),
-                       ({"weight_map": {"a": ".."}}, "weight_map must"),
+    outside = (
+        "x", "..", "../x.safetensors", "sub/x.safetensors", "/x.safetensors", "x\n.safetensors",
+    )
+    for bad, words in [({}, "weight_map must"),
+                       *(({"weight_map": {"a": name}}, "weight_map must") for name in outside),
                        ({"weight_map": shards | {"a": "model-0.safetensors"}}, "disagree on a")]:
         index.write_text(json.dumps(bad))
         with pytest.raises(CheckpointError, match=words):

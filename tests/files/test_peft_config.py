@@ -55,6 +55,17 @@ def test_configurations_that_cannot_be_honoured(tmp_path, change, words):
         load_adapter(ml.GPT(tiny_config()), tmp_path)
 
 
+def test_a_pattern_has_at_most_1000_characters(tmp_path):
+    save_adapter(task(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"rank_pattern": {"x" * 1000: 5}}))
+    load_adapter(ml.GPT(tiny_config()), tmp_path)
+    path.write_text(json.dumps(config | {"rank_pattern": {"x" * 1001: 5}}))
+    with pytest.raises(CheckpointError, match="rank_pattern must be regular expressions"):
+        load_adapter(ml.GPT(tiny_config()), tmp_path)
+
+
 def test_config_and_factors_that_disagree_with_the_model(tmp_path):
     model = task(targets=["q_proj", "v_proj"])
     save_peft(model, tmp_path)

@@ -57,6 +57,17 @@ def test_what_cannot_be_saved(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("save", [save_adapter, save_peft, lambda model, path: ml.to_hf_gpt2(
+    ml.remove_lora(model), path)], ids=["save_adapter", "save_peft", "to_hf_gpt2"])
+def test_a_folder_with_a_config_has_weights_too(tmp_path, save):
+    """The config is written last, so that a run that is killed leaves no config without weights."""
+    for weights in ("adapter_model.safetensors", "model.safetensors"):
+        (tmp_path / weights).mkdir()
+    with pytest.raises(IsADirectoryError):
+        save(task(), tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
 @pytest.mark.parametrize("save", [save_adapter, save_peft])
 @pytest.mark.parametrize("options", [
     {}, {"use_dora": True}, {"scaling": "alpha/sqrt(r)", "targets": ["q_proj", "v_proj"]},

@@ -111,6 +111,19 @@ def test_a_header_that_claims_to_be_huge(tmp_path, length):
         load_safetensors(file_of(tmp_path, b"{}", length=length))
 
 
+def test_a_header_has_a_limit_however_large_the_file_is(tmp_path):
+    length = 100_000_001
+    path = file_of(tmp_path, b"{}", length=length)
+    os.truncate(path, 8 + length)  # takes no space on the disk
+    with pytest.raises(CheckpointError, match="claims 100000001 bytes"):
+        load_safetensors(path)
+
+
+def test_a_file_without_arrays(tmp_path):
+    save_safetensors(tmp_path / "x", {})
+    assert load_safetensors(tmp_path / "x") == load_metadata(tmp_path / "x") == {}
+
+
 def test_random_corruption_is_noticed_or_harmless(tmp_path, rng):
     tensors = {"a": np.arange(6.0).reshape(2, 3), "b": np.arange(4, dtype=np.int8)}
     save_safetensors(tmp_path / "x", tensors, {"k": "v"})
@@ -161,6 +174,15 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, chunks())
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["x"]
+
+
+def test_whoever_reads_the_old_file_can_read_on(tmp_path):
+    """The new file takes the old one's place; the bytes of the old one are never overwritten."""
+    path = tmp_path / "x"
+    write_atomically(path, b"old")
+    os.link(path, tmp_path / "open elsewhere")
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and (tmp_path / "open elsewhere").read_bytes() == b"old"
 
 
 def test_two_threads_that_save_to_one_path_do_not_mix_their_bytes(tmp_path):

@@ -32,8 +32,9 @@ def test_forward_is_the_equation(rng):
 
 
 @pytest.mark.parametrize("n_in, n_out, rank", [(5, 4, 2), (1, 3, 1), (3, 1, 1), (6, 7, 5)])
-def test_the_full_gradient(rng, n_in, n_out, rank):
-    layer = dora(n_in, n_out, rank, detach_norm=False)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_full_gradient(rng, n_in, n_out, rank, dropout):
+    layer = dora(n_in, n_out, rank, detach_norm=False, dropout=dropout)
     report = ml.gradcheck(layer, rng.standard_normal((2, 3, n_in)))
     assert report.passed, report
     assert {"magnitude", "lora.A", "lora.B"} <= {entry.name for entry in report.entries}

@@ -131,6 +131,13 @@ def test_replace_wraps_every_linear_and_freezes_the_rest():
     assert model.num_parameters(trainable_only=True) == expected
 
 
+def test_replacing_drops_the_gradients_of_the_base(ids):
+    model = ml.GPT(tiny_config())
+    model.backward(model(ids))
+    ml.replace_linear_with_lora(model, 2, 4)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_zero_b_leaves_the_output_bit_identical(ids, rng):
     for batch in (ids, rng.integers(0, 11, (40, 6))):
         model = ml.GPT(tiny_config())
@@ -497,6 +504,13 @@ def test_dropout_works_on_the_lora_branch_only(rng):
     assert not np.array_equal(layer(x), layer(x))
     layer.eval()
     np.testing.assert_allclose(layer(x), base + layer.lora(x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_goes_through_dropout(rng):
+    linear = ml.Linear(6, 5, rng=0, dtype=np.float64)
+    layer = randomise(ml.LinearWithLoRA(linear, 2, 4, dropout=0.5, rng=0))
+    report = ml.gradcheck(layer, rng.standard_normal((4, 6)))
+    assert report.passed, report
 
 
 def test_a_saved_module_is_trained_and_the_base_keeps_its_own(ids):

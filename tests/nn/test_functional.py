@@ -119,6 +119,14 @@ def test_attention_weights_are_causal_and_sum_to_one(rng):
     assert not np.triu(weights, k=1).any()
 
 
+def test_no_score_is_high_enough_to_let_a_position_see_the_future(rng):
+    k = np.array([1.0, 1e3, 1e6]).reshape(1, 1, 3, 1)
+    q, v = np.ones_like(k), rng.standard_normal((1, 1, 3, 1))
+    assert F.attention_weights(q, k).tolist() == [[[[1, 0, 0], [0, 1, 0], [0, 0, 1]]]]
+    for module in (F, fast):
+        assert np.array_equal(module.causal_attention(q, k, v)[0], v)
+
+
 def test_attention_gradients(rng):
     tensors = list(rng.standard_normal((3, 1, 2, 4, 3)))
     dout = rng.standard_normal((1, 2, 4, 3))

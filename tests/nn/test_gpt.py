@@ -42,6 +42,20 @@ def test_attention_weights_reproduce_the_output(rng):
     np.testing.assert_allclose(attention(x), attention.o_proj(attention.join_heads(heads)))
 
 
+def test_initial_values_are_gpt_2_s():
+    model = ml.GPT(tiny_config(d_model=64, n_layers=8, vocab_size=500, context_length=200))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.data.any(), name
+        elif p.data.ndim == 1:
+            assert (p.data == 1.0).all(), name
+        else:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / (2 * 8) ** 0.5 if residual else 0.02
+            assert p.data.std() == pytest.approx(std, rel=0.05), name
+            assert abs(p.data.mean()) < 0.1 * std, name
+
+
 def test_no_position_sees_the_future(tiny_gpt, ids):
     changed = ids.copy()
     changed[:, 4:] = (changed[:, 4:] + 1) % 11
@@ -193,6 +207,14 @@ def test_generate_greedy_is_the_arg_max_and_top_1(tiny_gpt):
     greedy = ml.generate(tiny_gpt, prompt, 5, temperature=0.0)
     assert greedy[3] == tiny_gpt(prompt[None])[0, -1].argmax()
     assert np.array_equal(greedy, ml.generate(tiny_gpt, prompt, 5, top_k=1, rng=7))
+
+
+def test_generate_reads_as_much_as_the_context_holds(tiny_gpt, rng):
+    randomise(tiny_gpt)
+    prompts = rng.integers(0, 11, (60, 9))
+    seen = tiny_gpt(prompts[:, -6:])[:, -1].argmax(-1)
+    assert not np.array_equal(tiny_gpt(prompts[:, -5:])[:, -1].argmax(-1), seen)
+    assert np.array_equal(ml.generate(tiny_gpt, prompts, 1, temperature=0.0)[:, -1], seen)
 
 
 def test_extreme_temperatures_and_nan(tiny_gpt):

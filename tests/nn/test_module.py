@@ -74,6 +74,15 @@ def test_num_parameters_and_freezing():
     assert model.unfreeze().num_parameters(trainable_only=True) == 35
 
 
+def test_freezing_drops_gradients(rng):
+    linear = ml.Linear(3, 2)
+    linear(rng.standard_normal((4, 3)))
+    linear.backward(np.ones((4, 2)))
+    assert linear.weight.grad is not None
+    linear.freeze()
+    assert linear.weight.grad is None and linear.bias.grad is None
+
+
 def test_backward_needs_one_forward_each(rng):
     linear = ml.Linear(3, 2)
     dout = np.ones((4, 2), np.float32)

@@ -28,6 +28,18 @@ def test_adamw_first_steps_by_hand():
     np.testing.assert_allclose(p.data, expected, rtol=1e-12)
 
 
+def test_adamw_counts_the_updates_of_each_parameter_and_adds_eps_to_the_root():
+    early, late = parameter([1.0], [2.0]), parameter([1.0])
+    optimizer = ml.AdamW([early, late], lr=0.1, eps=3.0, weight_decay=0.0)
+    optimizer.step()
+    assert early.data[0] == pytest.approx(1.0 - 0.1 * 2.0 / (2.0 + 3.0), rel=1e-12)
+    assert late.data[0] == 1.0
+    late.grad = np.array([2.0])
+    optimizer.step()
+    assert late.data[0] == pytest.approx(1.0 - 0.1 * 2.0 / (2.0 + 3.0), rel=1e-12)
+    assert early.data[0] == pytest.approx(1.0 - 2 * 0.1 * 2.0 / (2.0 + 3.0), rel=1e-12)
+
+
 def test_sgd_with_momentum_by_hand():
     p = parameter([1.0], [2.0])
     optimizer = ml.SGD([p], lr=0.1, momentum=0.5, weight_decay=1.0)

@@ -36,6 +36,26 @@ def test_bytes_of_lora_are_those_of_a_and_b(tiny_gpt, ids):
     assert history.bytes == {"gradients": 4 * n, "optimizer": 8 * n}
 
 
+def test_clipping_bounds_the_step_of_all_parameters_together(ids):
+    model = ml.GPT(tiny_config(), dtype=np.float64)
+    before = model.state_dict()
+    fit(model, batches_of(ids), ml.SGD(model.parameters(), lr=1.0), 1, clip_norm=0.01,
+        progress=False)
+    moved = [model.state_dict()[name] - before[name] for name in before]
+    assert np.linalg.norm([np.linalg.norm(m) for m in moved]) == pytest.approx(0.01, rel=1e-12)
+
+
+def test_fit_switches_dropout_on_and_evaluation_switches_it_off(ids):
+    model = ml.GPT(tiny_config(dropout=0.5)).eval()
+    batches = batches_of(ids, 3)
+    plain = evaluate(model, batches)
+    history = fit(model, batches, ml.SGD(model.parameters(), lr=0.0), 3, validation=batches,
+                  validate_every=1, progress=False)
+    assert history.validation_losses == pytest.approx([plain] * 4, rel=1e-6)
+    assert len(set(history.losses)) == 3 and plain not in history.losses
+    assert all(module.training for _, module in model.named_modules())
+
+
 def test_schedule_and_end_of_the_batches(tiny_gpt, ids):
     optimizer = ml.SGD(tiny_gpt.parameters(), lr=9.0)
     history = fit(tiny_gpt, batches_of(ids, 3), optimizer, 10, progress=False,
