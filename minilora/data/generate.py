@@ -8,6 +8,7 @@ import numpy as np
 
 from minilora.nn.gpt import GPT
 from minilora.nn.validate import Rng, make_rng, token_ids
+from minilora.train.mode import evaluating
 
 
 def generate(
@@ -76,9 +77,8 @@ def sample_tokens(
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value is not None and value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
-    rng, training, context = make_rng(rng), model.training, np.atleast_2d(ids)
-    model.eval()
-    try:
+    rng, context = make_rng(rng), np.atleast_2d(ids)
+    with evaluating(model):
         for _ in range(max_new_tokens):
             context = context[:, -model.config.context_length :]
             logits = model(context)[:, -1].astype(np.float64)
@@ -90,8 +90,6 @@ def sample_tokens(
             token = _sample(logits, temperature, top_k, rng)
             context = np.concatenate([context, token], axis=1)
             yield token[0] if ids.ndim == 1 else token
-    finally:
-        model.train(training)
 
 
 def _sample(

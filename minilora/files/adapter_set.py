@@ -25,6 +25,7 @@ from minilora.nn.functional import matmul
 from minilora.nn.layers import Embedding
 from minilora.nn.module import Module
 from minilora.nn.validate import closest
+from minilora.train.mode import evaluating
 
 
 class AdapterSet:
@@ -188,7 +189,7 @@ class AdapterSet:
             If a task is unknown, or if tasks cannot share a batch (different widths of heads,
             an embedding of its own, a whole module in one and parts of it in another).
         """
-        inputs, active, training = np.asarray(inputs), self.active, self.model.training
+        inputs, active = np.asarray(inputs), self.active
         if isinstance(names, str) or len(names) != len(inputs):
             raise ValueError(f"{len(inputs)} rows need a list of as many names, got {names!r}")
         places = self._places(names)
@@ -200,14 +201,13 @@ class AdapterSet:
             if isinstance(base, Embedding):
                 raise ValueError(f"a task has its own {path}: embeddings cannot be mixed")
         self.set_active(None)
-        self.model.eval()
         try:
-            install(self.model, {path: _Mixed(bases[path], parts, len(inputs))
-                                 for path, parts in places.items()})
-            return self.model(inputs)
+            with evaluating(self.model):
+                install(self.model, {path: _Mixed(bases[path], parts, len(inputs))
+                                     for path, parts in places.items()})
+                return self.model(inputs)
         finally:
             install(self.model, bases)
-            self.model.training = training
             self.set_active(active)
 
     def _places(self, names: Sequence[str | None]) -> dict[str, list[tuple[list[int], Module]]]:

@@ -18,6 +18,7 @@ from minilora.data.tokenizer import CharTokenizer
 from minilora.nn.functional import IGNORE_INDEX
 from minilora.nn.module import Module
 from minilora.nn.validate import Rng, check_sizes, make_rng
+from minilora.train.mode import evaluating
 from minilora.train.parallel import Batch
 
 LABELS = ("prose", "code")
@@ -114,15 +115,12 @@ def shuffled_batches(data: Batch, batch_size: int, rng: Rng = 0) -> Iterator[Bat
 def predict(model: Module, data: Batch, batch_size: int = 64) -> np.ndarray:
     """Return the likeliest class of each text, (N,), with dropout off."""
     ids, targets = data
-    training, found = model.training, []
-    model.eval()
-    try:
+    found = []
+    with evaluating(model):
         for start in range(0, len(ids), batch_size):
             last = (targets[start : start + batch_size] != IGNORE_INDEX).argmax(axis=1)
             logits = model(ids[start : start + batch_size])
             found.append(logits[np.arange(len(last)), last].argmax(axis=-1))
-    finally:
-        model.train(training)
     return np.concatenate(found)
 
 

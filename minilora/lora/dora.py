@@ -23,7 +23,7 @@ from minilora.lora.layer import LinearWithLoRA
 from minilora.nn.fast import matmul, weight_grad
 from minilora.nn.layers import Linear
 from minilora.nn.module import Parameter
-from minilora.nn.validate import Rng, check_dout
+from minilora.nn.validate import Rng, check_dout, check_flag
 
 
 class DoRALinear(LinearWithLoRA):
@@ -49,6 +49,7 @@ class DoRALinear(LinearWithLoRA):
         self, linear: Linear, rank: int, alpha: float, *,
         scaling: str = "alpha/r", dropout: float = 0.0, rng: Rng = None, detach_norm: bool = True,
     ):
+        check_flag(detach_norm=detach_norm)
         super().__init__(linear, rank, alpha, scaling=scaling, dropout=dropout, rng=rng)
         self.magnitude = Parameter(column_norms(linear.weight.data))
         self.detach_norm = detach_norm

@@ -19,9 +19,13 @@ def lora_scale(rank: int, alpha: float, scaling: str = "alpha/r") -> float:
     check_sizes("LoRA", rank=rank)
     if not isinstance(alpha, (int, float, np.integer, np.floating)) or isinstance(alpha, bool):
         raise TypeError(f"alpha must be a number, got {alpha!r}")
+    try:
+        alpha = float(alpha)  # a float16 would lose digits when divided
+    except OverflowError:  # an int of hundreds of digits
+        alpha = math.inf
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be finite, got {alpha}")
     scales = {"alpha": alpha, "alpha/r": alpha / rank, "alpha/sqrt(r)": alpha / rank**0.5}
     if not isinstance(scaling, str) or scaling not in scales:
         raise ValueError(f"scaling must be one of {', '.join(scales)}; got {scaling!r}")
-    return float(scales[scaling])
+    return scales[scaling]

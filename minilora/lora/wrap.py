@@ -99,6 +99,7 @@ def merge_lora(model: M, unload: bool = False) -> M:
     ValueError : if there is no LoRA layer
     RuntimeError : without `unload`, if a layer is already merged; nothing is changed
     """
+    check_flag(unload=unload)
     layers = require_lora(model)
     if unload:
         check_tree(model)

@@ -16,7 +16,7 @@ import numpy as np
 from minilora.nn.attention import CausalSelfAttention
 from minilora.nn.layers import GELU, Dropout, Embedding, LayerNorm, Linear, TiedHead
 from minilora.nn.module import Module, ModuleList
-from minilora.nn.validate import Rng, check_dropout, check_sizes, float_dtype, make_rng
+from minilora.nn.validate import Rng, check_dropout, check_flag, check_sizes, float_dtype, make_rng
 
 GPT2_SIZES = {  # n_layers, d_model (Radford et al. 2019, table 2), n_heads (as released)
     "small": (12, 768, 12),
@@ -49,9 +49,7 @@ class GPTConfig:
                              f"{self.n_heads}, d_model {self.d_model}")
         check_dropout(self.dropout)
         object.__setattr__(self, "dropout", float(self.dropout))
-        for name in ("bias", "tie_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        check_flag(bias=self.bias, tie_weights=self.tie_weights)
         eps = self.layer_norm_eps
         if not isinstance(eps, (float, np.floating)) or not 0.0 < eps < 1.0:
             raise ValueError(f"layer_norm_eps must be a float between 0 and 1, got {eps!r}")

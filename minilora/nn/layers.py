@@ -14,6 +14,7 @@ from minilora.nn.validate import (
     Rng,
     check_dout,
     check_dropout,
+    check_flag,
     check_float,
     check_kept,
     check_sizes,
@@ -50,6 +51,7 @@ class Linear(Module):
         dtype: Any = np.float32, rng: Rng = None,
     ):
         check_sizes("Linear", in_features=in_features, out_features=out_features)
+        check_flag(bias=bias)
         rng = make_rng(rng)
         weight = kaiming_uniform((in_features, out_features), in_features, rng, dtype)
         self.weight = Parameter(weight)

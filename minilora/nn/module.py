@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from minilora.nn.validate import FLOAT_TYPES, closest, float_dtype
+from minilora.nn.validate import FLOAT_TYPES, closest, float_dtype, hides, last_numbers
 
 
 class Parameter:
@@ -46,10 +47,12 @@ class Parameter:
         return self.data.size
 
     def accumulate(self, grad: np.ndarray) -> None:
-        """Add to `.grad`, over all uses of a value. The first array is kept, so pass a new one."""
+        """Add to `.grad`, over all uses of a value. Raises ValueError for another shape."""
         if np.shape(grad) != self.shape:
             raise ValueError(f"a gradient of shape {np.shape(grad)} is not one of {self!r}")
-        self.grad = np.asarray(grad) if self.grad is None else np.add(self.grad, grad, self.grad)
+        if self.grad is None:
+            self.grad = np.zeros_like(self.data)
+        self.grad += grad
 
     def __repr__(self) -> str:
         frozen = "" if self.requires_grad else ", frozen"
@@ -78,6 +81,7 @@ class Module:
 
     training: bool = True
     _cache: tuple | None = None
+    _seal: tuple = ()  # how it was at the forward that made the cache
     _sealed: bool = False
 
     def __init__(self) -> None:
@@ -94,20 +98,39 @@ class Module:
 
     def _save(self, *values: Any) -> None:
         vars(self)["_cache"] = values  # bypasses __setattr__, which takes a microsecond
+        vars(self)["_seal"] = self.training, get_ident(), self._sample(values)
 
     def _take(self) -> tuple:
         values, vars(self)["_cache"] = self._cache, None
         if values is None:
             raise RuntimeError(f"{self.title()}: backward needs a forward just before it, "
                                "and works once for each forward")
+        training, thread, sample = self._seal
+        if self.training and not training:
+            raise RuntimeError(f"{self.title()} was evaluated after the forward of this backward")
+        if thread != get_ident():
+            raise RuntimeError(f"{self.title()} is used in two threads: each needs its own model")
+        if sample != self._sample(values):
+            raise RuntimeError(f"an input or a weight of {self.title()} was changed in place "
+                               "between forward and backward")
         return values
+
+    def _sample(self, values: tuple) -> list[bytes]:
+        """Return numbers of what backward uses: of an array all, or the last if it is large."""
+        arrays = [value for value in values if isinstance(value, np.ndarray)]
+        arrays += [p.data for p in vars(self).values() if isinstance(p, Parameter)]
+        return [last_numbers(array).tobytes() for array in arrays]
 
     # ---- The tree
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """Yield (name, module) for the modules directly below this one."""
-        for name, value in vars(self).items():
+        """Yield (name, module) for those directly below. TypeError if a list, say, hides some."""
+        for name, value in list(vars(self).items()):
             if isinstance(value, Module):
                 yield name, value
+            elif name[0] != "_" and hides(value, (Module, Parameter)):
+                raise TypeError(f"{type(self).__name__}.{name} hides modules or parameters in a "
+                                f"{type(value).__name__}, where they are not found: use a "
+                                "ModuleList")
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """Yield (dotted name, module) for this module (name "") and all below it."""
@@ -119,7 +142,7 @@ class Module:
         """Yield (dotted name, Parameter), each parameter once."""
         seen = set()
         for path, module in self.named_modules():
-            for name, value in vars(module).items():
+            for name, value in list(vars(module).items()):
                 if isinstance(value, Parameter) and id(value) not in seen:
                     seen.add(id(value))
                     yield f"{path}.{name}" if path else name, value
@@ -275,13 +298,7 @@ def _sealing(init: Callable[..., None]) -> Callable[..., None]:
         if not outermost:
             return
         del vars(self)["_building"]
-        for name, value in vars(self).items():
-            if isinstance(value, (list, tuple, dict)):
-                items = value.values() if isinstance(value, dict) else value
-                if any(isinstance(item, (Module, Parameter)) for item in items):
-                    raise TypeError(
-                        f"{type(self).__name__}.{name} hides modules or parameters in a "
-                        f"{type(value).__name__}, where they are not found: use a ModuleList")
+        list(self.named_children())  # for its error
         self._sealed = True
 
     return constructor

@@ -58,8 +58,23 @@ def check_dropout(p: float) -> None:
 def check_flag(**flags: Any) -> None:
     """Raise TypeError unless every value is True or False: "no" would count as True."""
     for name, flag in flags.items():
-        if not isinstance(flag, (bool, np.bool_)):
+        if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def hides(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Return whether a list, tuple, set or dict has an object of these kinds somewhere inside."""
+    if not isinstance(value, (list, tuple, dict, set, frozenset)):
+        return False
+    items = [*value, *value.values()] if isinstance(value, dict) else value
+    return any(isinstance(item, kinds) or hides(item, kinds) for item in items)
+
+
+def last_numbers(array: np.ndarray) -> np.ndarray:
+    """Return the array, or if it is large, its last numbers: at most 1024, without copying any."""
+    while array.size > 1024:
+        array = array[-1] if array.ndim > 1 else array[-1024:]
+    return array
 
 
 def check_float(owner: Any, x: Any) -> np.ndarray:

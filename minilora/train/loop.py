@@ -9,6 +9,7 @@ from typing import Any
 from minilora.nn.module import Module
 from minilora.nn.validate import check_sizes
 from minilora.train.history import History, training_bytes
+from minilora.train.mode import check_trainable, training
 from minilora.train.optim import Optimizer
 from minilora.train.parallel import Batch, DataParallel, keep_freed_memory
 from minilora.train.schedule import clip_grad_norm
@@ -64,15 +65,16 @@ def fit(
     ------
     ValueError : if nothing is trainable, or the optimizer holds no trainable parameter, as if it
         was made before replace_linear_with_lora
+    RuntimeError : if the model is being trained already
     FloatingPointError : if the loss is not finite, naming step and learning rate; the weights
         are those before that step
     """
-    _check_trainable(model, optimizer)
+    check_trainable(model, optimizer)
     check_sizes("fit", steps=steps, validate_every=validate_every)
     history, held_out = History(), None if validation is None else list(validation)
     keep_freed_memory()
-    model.train()
-    with _bar(steps, description, progress) as bar, DataParallel(model, threads) as parallel:
+    with (training(model), _bar(steps, description, progress) as bar,
+          DataParallel(model, threads) as parallel):
         try:
             history.validate(0, parallel, held_out)
             for step, loss in training_steps(
@@ -96,14 +98,3 @@ def _bar(steps: int, description: str, progress: bool) -> Any:
     from tqdm import tqdm  # here, because it takes a fifth of minilora's import time
 
     return tqdm(total=steps, desc=description, disable=not progress, leave=False, unit="step")
-
-
-def _check_trainable(model: Module, optimizer: Optimizer) -> None:
-    if not model.is_trainable():
-        raise ValueError("nothing to train: every parameter of the model is frozen")
-    of_model = {id(p) for p in model.parameters()}
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(p.requires_grad and id(p) in of_model for p in trained):
-        raise ValueError("the optimizer holds none of the model's trainable parameters: make it "
-                         "after replace_linear_with_lora, from the parameters that require "
-                         "gradients")

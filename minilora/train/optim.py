@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from minilora.nn.module import Module, Parameter
+from minilora.train.groups import parameter_group
 
 
 class Optimizer:
@@ -34,7 +34,7 @@ class Optimizer:
         groups = list(parameters)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
-        self.param_groups: list[dict[str, Any]] = [_group(group, defaults) for group in groups]
+        self.param_groups = [parameter_group(group, defaults) for group in groups]
         everything = [p for group in self.param_groups for p in group["params"]]
         for p in everything:
             if not isinstance(p, Parameter):
@@ -71,24 +71,6 @@ class Optimizer:
         if p not in self.state:
             self.state[p] = [np.zeros_like(p.data) for _ in range(count)]
         return self.state[p]
-
-
-def _group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return one parameter group with the defaults filled in, checked."""
-    if not isinstance(group, dict) or not isinstance(group.get("params"), Iterable):
-        raise TypeError('a parameter group is a dict with an iterable of "params"')
-    unknown = set(group) - set(defaults) - {"params"}
-    if unknown:
-        raise ValueError(f"unknown settings in a parameter group: {', '.join(sorted(unknown))}; "
-                         f"the settings are {', '.join(defaults)}")
-    group = defaults | group | {"params": list(group["params"])}
-    for name in ("lr", "weight_decay", "eps"):
-        if not 0.0 <= group.get(name, 0.0) < math.inf:
-            raise ValueError(f"{name} must be 0 or more and finite, got {group[name]}")
-    for beta in (group.get("momentum", 0.0), *group.get("betas", ())):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"momentum and betas must be in 0..1 (1 excluded), got {beta}")
-    return group
 
 
 class SGD(Optimizer):

@@ -23,6 +23,7 @@ from minilora.nn.functional import IGNORE_INDEX, cross_entropy
 from minilora.nn.module import M, Module
 from minilora.nn.validate import check_sizes
 from minilora.train.blas import blas_threads
+from minilora.train.mode import evaluating
 
 Batch = tuple[np.ndarray, np.ndarray]  # ids and targets, both (B, T)
 
@@ -117,16 +118,11 @@ class DataParallel:
         """Return the mean loss in nats over all targets of the batches, with dropout off."""
         if not batches:
             raise ValueError("evaluation needs at least one batch")
-        models, training = self._models(batches), self.models[0].training
-        for model in models:
-            model.eval()
-        try:
+        models = self._models(batches)
+        with evaluating(*models):
             shares = [batches[i :: len(models)] for i in range(len(models))]
             run = self.pool.map if len(models) > 1 else map
             total = sum(run(_total_loss, models, shares))
-        finally:
-            for model in models:
-                model.train(training)
         return total / sum(num_targets(targets) for _, targets in batches)
 
     def _models(self, batches: list[Batch]) -> list[Module]:
@@ -140,6 +136,9 @@ class DataParallel:
             self.pool = self._resources.enter_context(ThreadPoolExecutor(most))
         while len(self.models) < threads:
             self.models.append(replicate(self.models[0]))
+        for twin in self.models[1:threads]:
+            for p, q in zip(self.models[0].parameters(), twin.parameters(), strict=True):
+                q.data = p.data  # an optimizer may have put another array there
         return self.models[:threads]
 
 

@@ -171,3 +171,19 @@ def test_clipping_of_very_large_and_very_small_gradients(dtype, scale):
 def test_clipping_takes_an_iterable_of_parameters(one):
     with pytest.raises(TypeError, match="takes an iterable of Parameters, got one"):
         ml.clip_grad_norm(one, 1.0)
+
+
+@pytest.mark.parametrize("setting, error, words", [
+    (dict(betas=0.9), TypeError, r"betas must be two numbers, such as \(0.9, 0.999\), got 0.9"),
+    (dict(betas=(0.9,)), TypeError, "betas must be two numbers"),
+    (dict(betas=(0.9, "0.99")), TypeError, r"betas\[1\] must be a number, got '0.99'"),
+    (dict(betas=(1.0, 0.9)), ValueError, r"betas\[0\] must be 0 or more and less than 1, got 1.0"),
+    (dict(lr="0.1"), TypeError, "lr must be a number, got '0.1'"),
+    (dict(lr=None), TypeError, "lr must be a number, got None"),
+    (dict(lr=np.nan), ValueError, "lr must be 0 or more and finite, got nan"),
+    (dict(eps=-1.0), ValueError, "eps must be 0 or more and finite, got -1.0"),
+    (dict(weight_decay=True), TypeError, "weight_decay must be a number, got True"),
+])
+def test_settings_that_are_wrong_are_named(setting, error, words):
+    with pytest.raises(error, match=words):
+        ml.AdamW([ml.Parameter(np.zeros(2))], **setting)

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 from conftest import tiny_config
@@ -220,3 +222,51 @@ def test_progress_bar_shows_loss_and_can_be_switched_off(tiny_gpt, ids, capsys):
 def test_threads_below_one(tiny_gpt):
     with pytest.raises(ValueError, match="threads must be 1 or more"):
         training.DataParallel(tiny_gpt, 0)
+
+
+class Rebinding(ml.AdamW):
+    """Puts a new array into a Parameter instead of changing the old one."""
+
+    def update(self, p, g, group):
+        p.data = p.data - group["lr"] * g
+
+
+def test_an_optimizer_may_put_new_arrays_into_parameters(rng):
+    batches = [(rng.integers(0, 11, (4, 6)), rng.integers(0, 11, (4, 6))) for _ in range(6)]
+    losses = []
+    for threads in (1, 2, 3):
+        model = ml.GPT(tiny_config())
+        history = ml.fit(model, batches, Rebinding(model.parameters(), 0.5), 6, threads=threads,
+                         validation=batches[:2], validate_every=2, progress=False)
+        losses.append(history.losses + history.validation_losses)
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-5)
+    assert len(set(losses[0])) == len(losses[0])
+
+
+def test_a_model_is_trained_by_one_fit_at_a_time(rng):
+    model = ml.GPT(tiny_config())
+    batch = rng.integers(0, 11, (2, 6)), rng.integers(0, 11, (2, 6))
+
+    def nested():
+        for _ in range(2):
+            yield batch
+            ml.fit(model, [batch], ml.SGD(model.parameters()), 1, progress=False)
+
+    with pytest.raises(RuntimeError, match="is being trained already"):
+        ml.fit(model, nested(), ml.SGD(model.parameters()), 2, progress=False)
+    started, end = threading.Event(), threading.Event()
+
+    def waiting():
+        started.set()
+        end.wait()
+        yield batch
+
+    thread = threading.Thread(target=ml.fit, args=(
+        model, waiting(), ml.SGD(model.parameters()), 1), kwargs={"progress": False})
+    thread.start()
+    started.wait()
+    with pytest.raises(RuntimeError, match="is being trained already"):
+        ml.fit(model, [batch], ml.SGD(model.parameters()), 1, progress=False)
+    end.set()
+    thread.join()
+    assert ml.fit(model, [batch], ml.SGD(model.parameters()), 1, progress=False).steps == [0]

@@ -1,0 +1,32 @@
+"""Parameter groups: what an optimizer is given, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+def parameter_group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return one parameter group with the defaults filled in, checked."""
+    if not isinstance(group, dict) or not isinstance(group.get("params"), Iterable):
+        raise TypeError('a parameter group is a dict with an iterable of "params"')
+    unknown = set(group) - set(defaults) - {"params"}
+    if unknown:
+        raise ValueError(f"unknown settings in a parameter group: {', '.join(sorted(unknown))}; "
+                         f"the settings are {', '.join(defaults)}")
+    group = defaults | group | {"params": list(group["params"])}
+    betas = group.get("betas", (0.0, 0.0))
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be two numbers, such as (0.9, 0.999), got {betas!r}")
+    numbers = {name: group[name] for name in ("lr", "weight_decay", "eps") if name in group}
+    shares = {"momentum": group.get("momentum", 0.0), "betas[0]": betas[0], "betas[1]": betas[1]}
+    for name, value in (numbers | shares).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not 0.0 <= value < (1.0 if name in shares else math.inf):
+            bound = "less than 1" if name in shares else "finite"
+            raise ValueError(f"{name} must be 0 or more and {bound}, got {value}")
+    return group
