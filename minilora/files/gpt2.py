@@ -94,7 +94,8 @@ def from_hf_gpt2(folder: str | Path, dtype: Any = np.float32) -> GPT:
     config = _config(folder / HF_CONFIG, settings)
     tensors = _without_prefix(stored, folder)
     score = tensors.pop("score.weight", None)
-    if score is not None and (score.ndim != 2 or score.shape[1] != config.d_model):
+    if score is not None and (
+            score.ndim != 2 or score.shape[1] != config.d_model or not score.size):
         raise CheckpointError(f"{folder}: score.weight has shape {score.shape}, not (classes, d)")
     if config.tie_weights and _has_own_head(tensors):
         config = replace(config, tie_weights=False)  # like transformers, use the stored head

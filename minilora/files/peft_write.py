@@ -119,9 +119,10 @@ def _storable(model: Module) -> Adapter:
     adapter = complete(model, with_stored_head(model, get_adapter(model)))
     sizes = parameter_shapes(model.config) if isinstance(model, GPT) else {}
     for name, array in adapter.saved.items():
-        if not name.startswith("lm_head.") and array.shape != sizes.get(name, array.shape):
-            raise ValueError(f"{name} is {array.shape}, the config says {sizes[name]}: no base "
-                             "would fit the adapter")
+        expected = sizes.get(name)
+        if sizes and not name.startswith("lm_head.") and array.shape != expected:
+            raise ValueError(f"{name} is {array.shape}, the config says {expected}: no base would "
+                             "fit the adapter")
     if len({f.magnitude is None for f in adapter.layers.values()}) > 1:
         raise ValueError("PEFT has one use_dora for all layers: DoRA and plain LoRA are mixed here")
     return adapter

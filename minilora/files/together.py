@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from minilora.files.safetensors import (
+    load_metadata,
     load_with_metadata,
     read_json,
     save_safetensors,
@@ -50,10 +51,21 @@ def save_pair(weights: Path, tensors: Arrays, config: Path, settings: Settings) 
     fingerprint = _fingerprint(tensors, settings)
     text = json.dumps(settings | {PLACE: {FINGERPRINT: fingerprint}}, indent=2).encode()
     with _saving:
-        write_atomically(_upcoming(config), text)
-        save_safetensors(weights, tensors, {"format": "pt", FINGERPRINT: fingerprint})
-        write_atomically(config, text)
-        _upcoming(config).unlink()
+        _settle(weights, config)  # after a save that was killed
+        try:
+            write_atomically(_upcoming(config), text)
+            save_safetensors(weights, tensors, {"format": "pt", FINGERPRINT: fingerprint})
+        finally:
+            _settle(weights, config)
+
+
+def _settle(weights: Path, config: Path) -> None:
+    """Put the upcoming settings in their place if they are those of the weights; or remove them."""
+    upcoming = _upcoming(config)
+    with contextlib.suppress(FileNotFoundError, CheckpointError):
+        if _mark(read_json(upcoming)) == load_metadata(weights).get(FINGERPRINT, ""):
+            write_atomically(config, upcoming.read_bytes())
+    upcoming.unlink(missing_ok=True)
 
 
 def load_pair(weights: Path, config: Path) -> tuple[Settings, Arrays]:

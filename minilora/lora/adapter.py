@@ -319,7 +319,7 @@ def _misfits(model: Module, base: dict[str, Module], adapter: Adapter) -> list[s
 
 def _head_misfits(width: int, arrays: dict[str, np.ndarray]) -> list[str]:
     weight = arrays.get("weight")
-    if weight is None or weight.ndim != 2 or weight.shape[0] != width:
+    if weight is None or weight.ndim != 2 or weight.shape[0] != width or not weight.size:
         return [f"lm_head should be a matrix of {width} rows, got "
                 f"{None if weight is None else weight.shape}"]
     if arrays.keys() - {"weight", "bias"} or (

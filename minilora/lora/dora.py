@@ -77,21 +77,24 @@ class DoRALinear(LinearWithLoRA):
         delta = self.magnitude.data * direction - self.linear.weight.data  # W' - W
         y = self.linear(x)
         x = self.dropout(np.asarray(x).astype(delta.dtype, copy=False))
-        self._save(x, delta, direction, gain)
+        self._save(x, delta, direction, gain, self.lora.A.data, self.lora.B.data)
         return y + matmul(x, delta)
 
     def backward(self, dout: np.ndarray) -> np.ndarray:
         """Fill dm, dA and dB as at the top of this file; dx is the sum of both branches."""
         if self.merged:
             return self.merged_backward(dout)
-        x, delta, direction, gain = self._take()
+        x, delta, direction, gain, a, b = self._take()
+        if self.linear.weight.requires_grad:
+            raise RuntimeError(f"{self.title()}: W' depends on W, so W cannot be trained here; "
+                               "freeze it")
         dout = check_dout(self, dout, (*x.shape[:-1], delta.shape[1]), delta.dtype)
         g = weight_grad(x, dout)
         dm = (g * direction).sum(axis=0)
         dv = gain * (g if self.detach_norm else g - direction * dm)
-        a, b, scale = self.lora.A, self.lora.B, self.lora.scale
         for parameter, gradient in (
-            (self.magnitude, dm), (a, scale * (dv @ b.data.T)), (b, scale * (a.data.T @ dv))
+            (self.magnitude, dm), (self.lora.A, self.lora.scale * (dv @ b.T)),
+            (self.lora.B, self.lora.scale * (a.T @ dv)),
         ):
             if parameter.requires_grad:
                 parameter.accumulate(gradient)
