@@ -264,10 +264,12 @@ def check_options(parser: Parser) -> None:
 
 
 def check_command(args: argparse.Namespace) -> int:
-    """Grade a file or a folder of submissions; return 0 if every check passed, else 1."""
+    """Grade a file or a folder of submissions; return 0 if every file is complete, else 1."""
     rows = grade.grade(args.path, args.seconds)
-    print(json.dumps(rows, indent=2) if args.json else grade.report(rows))
-    return 0 if all(row["passed"] == row["total"] > 0 and not row["error"] for row in rows) else 1
+    text = json.dumps(rows, indent=2) if args.json else grade.report(rows)
+    encoding = sys.stdout.encoding or "utf-8"  # a message may have what the terminal has not
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    return 0 if all(map(grade.is_complete, rows)) else 1
 
 
 def bench_options(parser: Parser) -> None:

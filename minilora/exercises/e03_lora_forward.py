@@ -56,7 +56,7 @@ def lora_forward(cls: type) -> Passed:
 
 def _array(value: Any) -> np.ndarray:
     """Return the numbers of an array or a Parameter."""
-    return value.data if isinstance(value, Parameter) else np.asarray(value)
+    return np.asarray(value.data if isinstance(value, Parameter) else value)
 
 
 # ---- A, B and scale

@@ -222,7 +222,7 @@ def _answer(function: Callable[..., Any], table: list[dict[str, Any]]) -> list[s
         raise failed(_NAME, "It returns nothing; return the list of names.")
     if not isinstance(got, (list, tuple, set)) or not all(isinstance(x, str) for x in got):
         raise failed(_NAME, f"Return a list of names (text); yours is {str(got)[:80]}.")
-    return sorted(got)
+    return sorted(map(str.__str__, got))  # plain ones, which compare as text
 
 
 def _name_cause(tables: tuple[list[dict[str, Any]], ...], answers: list[list[str]]) -> None:

@@ -78,12 +78,13 @@ def _answer(function: Callable[[Adapter], Any], adapter: Adapter) -> tuple[str, 
         raise failed(_NAME, "It changes the adapter that it was given.")
     if not isinstance(got, (tuple, list)) or len(got) != 2:
         raise failed(_NAME, "It should return two things, the name of the layer and the rank.")
-    if not isinstance(got[0], str) or got[0] not in adapter.layers:
+    name = str.__str__(got[0]) if isinstance(got[0], str) else ""  # plain, so it compares as text
+    if name not in adapter.layers:
         raise failed(_NAME, f"The first thing should be the name of a layer, one of "
                      f"{', '.join(adapter.layers)}; yours is {got[0]!r:.80}.")
     if not isinstance(got[1], (int, np.integer)) or isinstance(got[1], bool):
         raise failed(_NAME, f"The second thing should be a whole number; yours is {got[1]!r}.")
-    return got[0], int(got[1])
+    return name, int(got[1])
 
 
 # ---- The layer

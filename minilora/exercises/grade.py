@@ -1,26 +1,47 @@
 """Grade submitted files: `minilora check FILE` or a folder of them.
 
-Each file runs in its own process with a time limit, so that an endless loop or a crash
-affects only its own row. Only the functions that the file defines count: the checks are called
-from here, and the check cells of the file are ignored. This is not a sandbox: run untrusted
-code only where it can do no harm.
+Each file runs in its own process (`submission.py`), which tells this one the result of each check
+over a pipe. The rows are written here. This is not a sandbox: run untrusted code only where it can
+do no harm. tests/exercises/test_defence.py has a test for each of these lines.
+
+Defended against:
+
+- A file that hangs, crashes, exits, floods its output or the pipe, or cannot be read costs its own
+  row only, and no more than the time limit.
+- Only the grader's own messages count: each is signed with a key that the submission is not given,
+  and a message that is not signed costs the file all its points.
+- No row changes because another file was overwritten: all are read before any is run.
+- What a submission replaces in Python's builtins, in NumPy, in minilora or in the checks is put
+  back before its answer is judged, and after each call of it.
+- The processes that a submission starts end with it, whatever they ignore and wherever they hide;
+  and with the grader, if that is killed. Outside Linux, only those in its process group do.
+- The reference, or another function or class of minilora, given as the answer is not right, in
+  whatever `functools` or a class wraps it: the code must be the file's own.
+
+Not defended against:
+
+- An answer that calls or copies minilora's code in a function of its own.
+- Code that looks for the key or the checks in the memory of its own process.
+- Code that uses what the user may use: files, the network, processors and disks without end, and
+  other processes, such as the one that supervises it.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import io
+import hashlib
 import json
-import linecache
 import os
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from minilora.exercises import (
     e01_linear,
@@ -36,7 +57,6 @@ from minilora.exercises import (
     e11_training,
     e12_diagnosis,
 )
-from minilora.exercises.outcome import CheckFailed, describe_exception
 
 MODULES = (
     e01_linear, e02_cross_entropy, e03_lora_forward, e04_lora_backward, e05_replace_linear,
@@ -47,7 +67,8 @@ MODULES = (
 EXERCISES: dict[int, dict[str, str]] = {module.NUMBER: module.DEFINED for module in MODULES}
 CHECKS = {name: getattr(module, name) for module in MODULES for name in module.DEFINED}
 MAX_FILE_SIZE = 2_000_000  # bytes
-MAX_MEMORY = 8 << 30  # bytes, for the process of one file
+MAX_TEXT = 10_000  # characters of a message
+MAX_LINE = 13 * MAX_TEXT  # bytes of a line on the pipe: JSON has up to 12 for a character
 
 
 def grade(path: str | Path, seconds: float = 30.0) -> list[dict[str, Any]]:
@@ -77,60 +98,21 @@ def grade(path: str | Path, seconds: float = 30.0) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    if path.is_file() and path.suffix not in (".py", ".ipynb"):
+    if not path.is_dir() and path.suffix not in (".py", ".ipynb"):
         raise ValueError(f"{path} is neither a notebook (.ipynb) nor Python (.py)")
-    files = [path] if path.is_file() else sorted(
-        f for f in path.rglob("*") if f.suffix in (".py", ".ipynb") and f.is_file()
+    files = [path] if not path.is_dir() else sorted(
+        f for f in path.rglob("*") if f.suffix in (".py", ".ipynb") and not f.is_dir()
         and not any(part.startswith(".") for part in f.relative_to(path).parts)
     )
     if not files:
         raise ValueError(f"there is no .py or .ipynb file in {path}")
-    return [_grade_file(file, seconds) for file in files]
+    contents = [_read(file) for file in files]  # all of them, before any code can change one
+    return [_grade_file(*item, seconds) for item in zip(files, contents, strict=True)]
 
 
-def _grade_file(path: Path, seconds: float) -> dict[str, Any]:
-    """Run one file in its own process and return its row."""
-    row: dict[str, Any] = {"file": str(path), "exercise": None, "checks": [], "passed": 0,
-                           "total": 0, "error": ""}
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "minilora.exercises.grade", str(path.resolve()), str(answer)],
-            cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-                              "OPENBLAS_NUM_THREADS": "1"},
-        )
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            row["error"] = f"stopped after {seconds:g} seconds: an endless loop?"
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # and all processes that it started
-            process.wait()
-        if answer.exists():
-            late = row["error"]
-            row |= json.loads(answer.read_text())
-            row["error"] = late or row["error"]
-        if not row["error"] and not row.get("finished"):
-            row["error"] = f"the process died (status {process.returncode})"
-    _fill(row, path)
-    return {key: value for key, value in row.items() if key not in ("finished", "wanted")}
-
-
-def _fill(row: dict[str, Any], path: Path) -> None:
-    """Complete a row: add a failed check for each one not reached, and the sums."""
-    number = row["exercise"] or next(iter(exercise_numbers(path.stem)), None)
-    row["exercise"] = number
-    done = {item["check"] for item in row["checks"]}
-    for name in row.get("wanted") or EXERCISES.get(number or 0, {}):
-        if name not in done:
-            row["checks"].append({"check": name, "passed": False, "message": row["error"]})
-    row["total"] = len(row["checks"])
-    row["passed"] = sum(item["passed"] for item in row["checks"])
-    if not row["total"] and not row["error"]:
-        row["error"] = "it defines nothing that an exercise asks for"
+def is_complete(row: dict[str, Any]) -> bool:
+    """Return whether a file passed every check."""
+    return row["passed"] == row["total"] > 0 and not row["error"]
 
 
 def exercise_numbers(name: str) -> list[int]:
@@ -139,171 +121,168 @@ def exercise_numbers(name: str) -> list[int]:
     return [number for number in digits if number in EXERCISES]
 
 
-# ---- In the process of the file
-
-
-def read_cells(path: Path) -> tuple[list[str], int | None]:
-    """Read the code of a submission.
-
-    Parameters
-    ----------
-    path
-        A .py or .ipynb file.
-
-    Returns
-    -------
-    list of str
-        The code cells, without those that check an answer.
-    int or None
-        The number of the exercise, if a notebook's metadata give it.
-
-    Raises
-    ------
-    ValueError
-        If the file is too large, not text, or not a notebook.
-    """
-    if path.stat().st_size > MAX_FILE_SIZE:
-        raise ValueError(f"the file has more than {MAX_FILE_SIZE:,} bytes")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".py":
-        return re.split(r"(?m)^# %%.*$", text) if "# %%" in text else [text], None
+def _read(path: Path) -> bytes | str:
+    """Return the contents of a file, or the reason why there are none."""
     try:
-        notebook = json.loads(text)
-        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        marks = [cell.get("metadata", {}).get("nbgrader", {}) for cell in cells]
-        ids = [n for mark in marks for n in exercise_numbers(str(mark.get("grade_id", "")))[:1]]
-        sources = ["".join(cell["source"]) for cell, mark in zip(cells, marks, strict=True)
-                   if not mark.get("grade")]  # the checks in the file are ignored
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError("the file is not a notebook") from None
-    return sources, next(iter(ids), None)
+        if not path.is_file():  # opening a FIFO would wait, and a device may have no end
+            return "it is not a regular file"
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_SIZE + 1)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    return data if len(data) <= MAX_FILE_SIZE else \
+        f"the file has more than {MAX_FILE_SIZE:,} bytes"
 
 
-def _run(path: Path, answer: Path) -> None:
-    """Run the cells of a file, then the checks; write the row after each step."""
-    row: dict[str, Any] = {"exercise": None, "checks": [], "error": ""}
+# ---- The process of a file
 
-    def write(**changes: Any) -> None:
-        row.update(changes)
-        answer.write_text(json.dumps(row))
 
+def signature(key: bytes, number: int, payload: bytes) -> bytes:
+    """Return what stands before message `number` of a process, to show that we wrote it."""
+    return hashlib.blake2b(b"%d %b" % (number, payload), key=key).hexdigest().encode()
+
+
+def _run(name: str, data: bytes, seconds: float) -> tuple[list[Any], str]:
+    """Run a file in its own process; return its messages, and an error or ""."""
+    key, messages = os.urandom(32), []
+    folder = tempfile.mkdtemp()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minilora.exercises.submission"], cwd=folder,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+                          "OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "agg"},
+    )
+    assert process.stdin and process.stdout
+    # A thread, since reading can wait for ever, and select() knows no pipes on Windows.
+    reader = threading.Thread(target=_receive, args=(process.stdout, key, messages), daemon=True)
+    reader.start()
     try:
-        cells, number = read_cells(path)
-    except (ValueError, OSError) as error:
-        write(error=str(error), finished=True)
-        return
-    write(exercise=number)
-    scope: dict[str, Any] = {"__name__": "submission"}
-    raised = _execute(cells, path.name, scope)
-    number, wanted = _wanted_checks(number, path.stem, scope)
-    write(exercise=number, wanted=list(wanted))
-    for name, defined in wanted.items():
-        passed, message = _check(name, defined, scope, raised)
-        row["checks"].append({"check": name, "passed": passed, "message": message})
-        write()
-    write(finished=True, error="" if wanted else raised)
+        with contextlib.suppress(OSError):
+            pickle.dump((key, name, data), process.stdin)
+            process.stdin.flush()
+        reader.join(seconds)
+        late = reader.is_alive()
+    finally:
+        _end(process)
+        with contextlib.suppress(OSError, RecursionError):
+            shutil.rmtree(folder, ignore_errors=True)
+    if late:
+        return list(messages), f"stopped after {seconds:g} seconds: an endless loop?"
+    if messages and messages[-1] is None:
+        return [], "something other than the grader wrote its results: none of them counts"
+    if not messages or messages[-1][0] != "end":
+        return messages, f"the process died (status {process.returncode})"
+    return messages, messages[-1][1]
 
 
-def _is_own(name: str, scope: dict[str, Any]) -> bool:
-    """Return whether the file defines this name itself rather than importing it."""
-    return getattr(scope.get(name), "__module__", "submission") == "submission"
+def _receive(pipe: IO[bytes], key: bytes, messages: list[Any]) -> None:
+    """Append the messages on the pipe, up to "end", and None for one that is not ours."""
+    with pipe:
+        for number in range(len(CHECKS) + 3):  # two for the exercise, and the end
+            line = pipe.readline(MAX_LINE)
+            if not line:
+                return
+            sign, _, payload = line.rstrip(b"\n").partition(b" ")
+            messages.append(_message(payload) if sign == signature(key, number, payload) else None)
+            if messages[-1] is None or messages[-1][0] == "end":
+                return
 
 
-def _wanted_checks(
-    number: int | None, stem: str, scope: dict[str, Any]
-) -> tuple[int | None, dict[str, str]]:
-    """Return the exercise of a file, if it has only one, and the checks that it must pass."""
-    defined_here = {
-        n: checks for n, checks in EXERCISES.items()
-        if any(name in scope and _is_own(name, scope) for name in checks.values())
-    }
-    if number is None:  # a number in the file's name counts if it fits, or if nothing else does
-        named = [n for n in exercise_numbers(stem) if n in defined_here or not defined_here]
-        number = next(iter(named), None)
-    return number, EXERCISES.get(number or 0) or {
-        check: name for checks in defined_here.values() for check, name in checks.items()
-    }
-
-
-def _check(name: str, defined: str, scope: dict[str, Any], raised: str) -> tuple[bool, str]:
-    """Run one check; return whether it passed, and its message."""
-    if defined not in scope:
-        return False, f"{defined} is not defined. {raised}".strip()
-    if not _is_own(defined, scope):
-        return False, f"{defined} is imported, not defined in the file."
+def _message(payload: bytes) -> Any:
+    """Return a message, or None if it is not one that `submission.py` sends."""
     try:
-        return True, repr(CHECKS[name](scope[defined]))
-    except CheckFailed as failure:
-        return False, str(failure)
-    except (Exception, SystemExit) as error:
-        return False, describe_exception(error)
+        message = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    match message:
+        case ["exercise", None | int() as number, [*names]] if (
+            number in (None, *EXERCISES) and all(name in [*CHECKS] for name in names)
+        ):
+            return message
+        case ["check", str(name), bool(), str(text)] if name in CHECKS and len(text) <= MAX_TEXT:
+            return message
+        case ["end", str(text)] if len(text) <= MAX_TEXT:
+            return message
+    return None
 
 
-def _execute(cells: list[str], file: str, scope: dict[str, Any]) -> str:
-    """Run the cells in `scope`, continuing after errors; return the first real error or ""."""
-    raised = ""
-    for i, source in enumerate(cells):
-        # A notebook's magics and shell lines are not Python.
-        source = re.sub(r"(?m)^\s*[%!].*$", "", source)
-        name = f"<cell {i + 1}>" if len(cells) > 1 else file
-        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-        try:
-            statements = ast.parse(source, name).body
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raised = raised or describe_exception(error)
-            continue
-        for statement in statements:  # one by one, so that a failed check does not stop the rest
-            try:
-                exec(compile(ast.Module([statement], []), name, "exec"), scope)
-            except (CheckFailed, NotImplementedError):
+def _end(process: subprocess.Popen) -> None:
+    """End a process and all that it started."""
+    assert process.stdin
+    with contextlib.suppress(OSError):
+        process.stdin.close()  # which the process watches, to do it itself
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+    kill = getattr(signal, "SIGKILL", signal.SIGTERM)  # which Windows does not have
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, kill)
+    process.send_signal(kill)
+    process.wait()
+
+
+# ---- Rows
+
+
+def _grade_file(path: Path, contents: bytes | str, seconds: float) -> dict[str, Any]:
+    """Run one file and return its row."""
+    if isinstance(contents, str):
+        messages, error = [], contents
+    else:
+        messages, error = _run(path.name, contents, seconds)
+    number, wanted, done = None, [], {}
+    for message in messages:
+        match message:
+            case ["exercise", number, wanted]:
                 pass
-            except (Exception, SystemExit) as error:
-                raised = raised or describe_exception(error)
-    return raised
-
-
-# ---- Reports
+            case ["check", name, passed, text]:
+                done[name] = {"check": name, "passed": passed, "message": text}
+    number = number or next(iter(exercise_numbers(path.stem)), None)
+    # A failed check for each one that was not reached.
+    checks = [done.get(name, {"check": name, "passed": False, "message": error})
+              for name in wanted or EXERCISES.get(number or 0, {})]
+    if not checks and not error:
+        error = "it defines nothing that an exercise asks for"
+    return {"file": str(path), "exercise": number, "checks": checks,
+            "passed": sum(check["passed"] for check in checks), "total": len(checks),
+            "error": error}
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as text: a single file in full, several files as a table."""
-    if len(rows) == 1:
-        return _full(rows[0])
+    """Return the rows as text: a single file in full, several files as a table.
+
+    What would move the cursor or break the terminal, in names and messages, is escaped.
+    """
+    body = _full(rows[0]) if len(rows) == 1 else _table(rows)
+    done = sum(map(is_complete, rows))
+    body.append(f"{done} of {len(rows)} {'file is' if len(rows) == 1 else 'files are'} complete")
+    return "\n".join(
+        "".join(c if c.isprintable() else c.encode("unicode-escape").decode() for c in line)
+        for line in body)
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table, one for each file."""
     cells = [("file", "exercise", "passed", "first thing to look at")]
     for row in rows:
         first = next((item["message"] for item in row["checks"] if not item["passed"]), "")
-        text = row["error"] or first
-        lines = text.split("\n")
+        lines = (row["error"] or first).split("\n")
         shown = lines[1] if len(lines) > 1 and lines[0].endswith("not yet.") else lines[0]
         cells.append((row["file"], str(row["exercise"] or "?"),
                       f"{row['passed']} of {row['total']}", shown[:90]))
     widths = [max(len(line[i]) for line in cells) for i in range(3)]
-    table = [
-        "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]).rstrip()
-        for line in cells
-    ]
-    done = sum(row["passed"] == row["total"] > 0 for row in rows)
-    return "\n".join([*table, f"{done} of {len(rows)} files are complete"])
+    return ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]).rstrip()
+            for line in cells]
 
 
-def _full(row: dict[str, Any]) -> str:
-    """Return the row of one file, with every message in full."""
+def _full(row: dict[str, Any]) -> list[str]:
+    """Return the lines that show one file, with every message in full."""
     lines = [f"{row['file']}: {row['passed']} of {row['total']} checks passed"]
     if row["error"]:
         lines.append(f"  {row['error']}")
     for item in row["checks"]:
-        mark = "passed" if item["passed"] else "failed"
-        message = item["message"].replace("\n", "\n    ")
-        lines.append(f"  {mark}  {item['check']}" + (
-            f"\n    {message}" if message and not item["passed"] else ""))
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource  # not on Windows
-
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    # Discard what the submission prints, without keeping it in memory.
-    with contextlib.redirect_stdout(io.TextIOWrapper(open(os.devnull, "wb"))):
-        _run(Path(sys.argv[1]), Path(sys.argv[2]))
+        lines.append(f"  {'passed' if item['passed'] else 'failed'}  {item['check']}")
+        if item["message"] and not item["passed"]:
+            lines += [f"    {line}" for line in item["message"].split("\n")]
+    return lines

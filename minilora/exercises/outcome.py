@@ -14,6 +14,10 @@ import numpy as np
 HERE = str(Path(__file__).parent)
 
 
+def after_call() -> None:
+    """Run after each call of the learner's code; the grader puts back what the code replaced."""
+
+
 class CheckFailed(AssertionError):
     """A wrong answer. A notebook shows its message without a stack trace.
 
@@ -88,6 +92,7 @@ def run(name: str, call: Callable[[], Any]) -> Any:
     CheckFailed
         If the code raises an error; the message shows the learner's line.
     """
+    done = after_call  # now, before the code can replace it
     try:
         with np.errstate(all="ignore"):
             return call()
@@ -100,11 +105,17 @@ def run(name: str, call: Callable[[], Any]) -> Any:
         raise failed(name, "Your code calls itself endlessly.") from None
     except Exception as error:
         raise failed(name, describe_exception(error), kind=NoResult) from None
+    finally:
+        done()
 
 
 def describe_exception(error: BaseException) -> str:
     """Return what was raised, and the learner's line that raised it."""
-    text = f"Your code raised {type(error).__name__}: {str(error)[:500]}"
+    try:
+        words = str(error)[:500]
+    except Exception:  # from a __str__ of the learner's
+        words = "(its text cannot be shown)"
+    text = f"Your code raised {type(error).__name__}: {words}"
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith(HERE) and "site-packages" not in frame.filename
