@@ -120,6 +120,8 @@ def _without_magics(source: str) -> str:
                 break
             indent = lines[at][: -len(lines[at].lstrip())]
             timed = re.match(r"\s*%(?:time|prun)\s+(.*)", lines[at])
+            while not timed and lines[at].endswith("\\") and at + 1 < len(lines):
+                lines[at : at + 2] = [lines[at][:-1] + lines[at + 1]]  # a command of several lines
             lines[at] = indent + (timed[1] if timed else "pass")
     return "\n".join(lines)
 

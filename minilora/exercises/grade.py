@@ -183,7 +183,7 @@ def _receive(pipe: IO[bytes], key: bytes, messages: list[Any]) -> None:
             line = pipe.readline(MAX_LINE)
             if not line:
                 return
-            sign, _, payload = line.rstrip(b"\n").partition(b" ")
+            sign, _, payload = line.rstrip(b"\r\n").partition(b" ")
             messages.append(_message(payload) if sign == signature(key, number, payload) else None)
             if messages[-1] is None or messages[-1][0] == "end":
                 return

@@ -27,7 +27,8 @@ def graded(tmp_path, name, text):
 
 
 RIGHT_CELLS = {
-    "line magics": ["%matplotlib inline\n!ls\nimport numpy as np\nnp.sum?\n?np.sum\n%cd /", GOOD],
+    "line magics": ["%matplotlib inline\n!ls \\\n  -l\nimport numpy as np\nnp.sum?\n?np.sum\n%cd /",
+                    GOOD],
     "assignments": ["files = !ls\nwhere = %pwd\nn = len(files)", GOOD],
     "timed cell": ["%%time\n" + GOOD], "captured": ["\n%%capture out --no-stderr\n" + GOOD],
     "timed line": ["def make():\n" + INDENTED + "    return lora_backward",
