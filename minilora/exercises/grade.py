@@ -57,6 +57,7 @@ from minilora.exercises import (
     e11_training,
     e12_diagnosis,
 )
+from minilora.files.safetensors import printable
 
 MODULES = (
     e01_linear, e02_cross_entropy, e03_lora_forward, e04_lora_backward, e05_replace_linear,
@@ -257,9 +258,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     body = _full(rows[0]) if len(rows) == 1 else _table(rows)
     done = sum(map(is_complete, rows))
     body.append(f"{done} of {len(rows)} {'file is' if len(rows) == 1 else 'files are'} complete")
-    return "\n".join(
-        "".join(c if c.isprintable() else c.encode("unicode-escape").decode() for c in line)
-        for line in body)
+    return "\n".join(map(printable, body))
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
