@@ -1,10 +1,18 @@
 import os
+import threading
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
+from tqdm import tqdm
 
 import minilora as ml
+
+# For mutation testing: always the same examples, and no search for the smallest one that fails.
+settings.register_profile("mutation", derandomize=True, database=None,
+                          phases=[Phase.explicit, Phase.generate])
+# By default tqdm has one lock for all processes, which a child that is killed would keep for ever.
+tqdm.set_lock(threading.RLock())
 
 THOROUGH = bool(os.environ.get("MINILORA_THOROUGH"))  # takes many minutes, see `many`
 

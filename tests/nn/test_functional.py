@@ -54,8 +54,8 @@ def test_layer_norm_matches_its_definition(rng):
 
 
 def test_softmax_does_not_overflow():
-    p = F.softmax(np.array([[1e4, 1e4, -1e4]], dtype=np.float32))
-    assert p.tolist() == [[0.5, 0.5, 0.0]]
+    p = F.softmax(np.array([[1e4, 1e4, -1e4], [-1e5, -1e5, -1e6]], dtype=np.float32))
+    assert p.tolist() == [[0.5, 0.5, 0.0]] * 2
 
 
 def test_cross_entropy_against_its_definition(rng):
@@ -85,6 +85,21 @@ def test_cross_entropy_ignores_what_it_is_told_to(rng):
 def test_cross_entropy_of_a_certain_mistake_is_finite():
     loss, dlogits = F.cross_entropy(np.array([[0.0, 1000.0]], np.float32), np.array([0]))
     assert loss == 1000.0 and dlogits.tolist() == [[-1.0, 1.0]]
+
+
+def test_cross_entropy_of_rows_that_are_far_apart():
+    logits = np.array([[0.0, 1000.0], [-1e5, -1e5]], np.float32)
+    loss, dlogits = F.cross_entropy(logits, np.array([1, 0]))
+    assert loss == pytest.approx(math.log(2) / 2)
+    assert dlogits.tolist() == [[0.0, 0.0], [-0.25, 0.25]]
+
+
+def test_cross_entropy_of_one_row():
+    loss, dlogits = F.cross_entropy(np.zeros(4), np.array(2))
+    assert loss == pytest.approx(math.log(4)) and dlogits.tolist() == [0.25, 0.25, -0.75, 0.25]
+    for logits in (np.float64(3.0), np.zeros((2, 0))):
+        with pytest.raises(ValueError, match="V at least 1"):
+            F.cross_entropy(logits, np.zeros(logits.shape[:-1], int))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +151,18 @@ def test_attention_gradients(rng):
             return F.causal_attention(*tensors[:i], x, *tensors[i + 1 :])[0]
 
         np.testing.assert_allclose(gradient, slopes(f, tensors[i], dout), atol=1e-8)
+
+
+@pytest.mark.parametrize("module", [F, fast], ids=["functional", "fast"])
+def test_attention_of_one_head_needs_no_batch(rng, module):
+    tensors = rng.standard_normal((4, 2, 3, 5, 4))
+    q, k, v, dout = tensors[:, 1, 2]
+    out, cache = module.causal_attention(q, k, v)
+    expected, whole = module.causal_attention(*tensors[:3])
+    np.testing.assert_allclose(out, expected[1, 2])
+    for got, all_of_them in zip(module.causal_attention_backward(dout, cache),
+                                module.causal_attention_backward(tensors[3], whole), strict=True):
+        np.testing.assert_allclose(got, all_of_them[1, 2], atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -177,7 +177,7 @@ def test_backward_of_the_wrong_shape(ids, tie_weights):
 def test_published_sizes():
     config = ml.GPTConfig.gpt2("xl")
     assert (config.n_layers, config.d_model, config.n_heads) == (48, 1600, 25)
-    assert ml.GPTConfig.gpt2(dropout=0.1).dropout == 0.1
+    assert ml.GPTConfig.gpt2(dropout=0.1) == ml.GPTConfig(50257, 1024, 768, 12, 12, True, True, 0.1)
     with pytest.raises(ValueError, match="small, medium, large, xl"):
         ml.GPTConfig.gpt2("tiny")
 

@@ -1,8 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 
 import minilora as ml
 from minilora.nn.functional import weight_grad
+from minilora.nn.gradcheck import Entry, GradCheck
 
 
 class Wrong(ml.Linear):
@@ -47,6 +50,20 @@ def test_mistakes_are_found_and_named(rng, mistake, name):
     assert f"WRONG {name}" in str(report)
     if mistake == "one entry":
         assert "at (2, 1): expected" in str(report)
+
+
+def test_the_report_as_text():
+    report = GradCheck(1e-6, [Entry("weight", 1e-6, (2, 1), 0.25, 0.5, ""),
+                              Entry("a.bias", 2e-6, (0,), 1 / 3, 0.5, ""),
+                              Entry("x", math.inf, (), math.nan, math.nan, "backward left none")])
+    assert str(report).splitlines() == [
+        "ok    weight  1.0e-06",
+        "WRONG a.bias  2.0e-06  at (0,): expected 0.333333, got 0.5",
+        "WRONG x       inf  backward left none",
+    ]
+    assert report.max_error == math.inf and not report.passed
+    assert GradCheck(1e-6, report.entries[:1]).passed
+    assert str(GradCheck(1e-6)) == "" and GradCheck(1e-6).max_error == 0.0
 
 
 def test_a_right_backward_passes_and_nothing_is_left_behind(rng):

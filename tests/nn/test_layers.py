@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import randomise
+from conftest import randomise, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,17 +77,23 @@ def test_linear_is_x_w_plus_b_and_kaiming_uniform():
         assert p.data.std() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
-def test_inputs_of_another_precision_are_converted(rng):
-    linear = ml.Linear(3, 2)
-    assert linear(rng.standard_normal((4, 3))).dtype == np.float32
-    assert linear.backward(np.ones((4, 2))).dtype == np.float32
-    assert linear.weight.grad.dtype == np.float32
+@pytest.mark.parametrize("layer", [
+    ml.Linear(3, 3), ml.LayerNorm(3), ml.LoRALayer(3, 3, 1, 1), ml.TiedHead(ml.GPT(tiny_config())),
+    ml.LinearWithLoRA(ml.Linear(3, 3), 1, 1), ml.DoRALinear(ml.Linear(3, 3), 1, 1),
+], ids=lambda layer: type(layer).__name__)
+def test_inputs_of_another_precision_are_converted(rng, layer):
+    width = 8 if isinstance(layer, ml.TiedHead) else 3
+    y = layer(rng.standard_normal((4, width)))
+    assert y.dtype == np.float32
+    assert layer.backward(np.ones(y.shape)).dtype == np.float32
+    parameters = [layer.weight] if isinstance(layer, ml.TiedHead) else layer.parameters()
+    assert all(p.grad.dtype == np.float32 for p in parameters if p.requires_grad)
 
 
 @pytest.mark.parametrize(
     "layer",
     [ml.Linear(3, 3), ml.LayerNorm(3), ml.LoRALayer(3, 3, 1, 1),
-     ml.LinearWithLoRA(ml.Linear(3, 3), 1, 1)],
+     ml.LinearWithLoRA(ml.Linear(3, 3), 1, 1), ml.DoRALinear(ml.Linear(3, 3), 1, 1)],
     ids=lambda layer: type(layer).__name__,
 )
 def test_bad_input(layer):
@@ -111,6 +117,16 @@ def test_bad_input_to_layers_without_parameters(layer):
     assert layer([1.0, 2.0]).shape == (2,)
     with pytest.raises(ValueError, match=r"dout of shape \(2,\), got \(3,\)"):
         layer.backward(np.zeros(3))
+
+
+def test_the_error_names_the_layer(tiny_gpt):
+    head = ml.TiedHead(tiny_gpt)
+    for layer, name in ((tiny_gpt.ln_f, r"LayerNorm\(8"), (head, r"TiedHead\(8, 11")):
+        with pytest.raises(ValueError, match=rf"^{name}.*expects input of shape \(\.\.\., 8\)"):
+            layer(np.zeros((2, 4)))
+        y = layer(np.zeros((2, 8)))
+        with pytest.raises(ValueError, match=rf"^{name}.*expects dout of shape"):
+            layer.backward(y[:1])
 
 
 def test_frozen_linear_refuses_a_dout_of_the_wrong_shape():

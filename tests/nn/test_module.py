@@ -141,7 +141,8 @@ def test_load_state_dict_not_strict_returns_what_it_did_not_use(tiny_gpt):
 
 
 def test_astype_and_bad_dtypes(tiny_gpt):
-    assert all(p.data.dtype == np.float64 for p in tiny_gpt.astype(np.float64).parameters())
+    for dtype in (np.float64, np.float32):
+        assert all(p.data.dtype == dtype for p in tiny_gpt.astype(dtype).parameters())
     for dtype in (np.float16, np.int32, complex):
         with pytest.raises(TypeError, match="float32 or float64"):
             tiny_gpt.astype(dtype)
@@ -150,8 +151,8 @@ def test_astype_and_bad_dtypes(tiny_gpt):
 
 
 def test_train_and_eval_reach_every_module(tiny_gpt):
-    assert all(not module.training for _, module in tiny_gpt.eval().named_modules())
-    assert all(module.training for _, module in tiny_gpt.train().named_modules())
+    assert all(module.training is False for _, module in tiny_gpt.eval().named_modules())
+    assert all(module.training is True for _, module in tiny_gpt.train().named_modules())
 
 
 def test_printing_shows_the_tree(tiny_gpt):
@@ -159,6 +160,22 @@ def test_printing_shows_the_tree(tiny_gpt):
     assert "  (wte): Embedding(11, 8)\n" in text
     assert "        (q_proj): Linear(in_features=8, out_features=8)\n" in text
     assert text.count("(") == text.count(")")
+    assert text.startswith("GPT(\n  context_length=6\n  (wte): ") and text.endswith("\n)")
+
+
+@pytest.mark.parametrize("thing, text", [
+    (ml.Linear(3, 2), "Linear(in_features=3, out_features=2)"),
+    (ml.Linear(3, 2, bias=False), "Linear(in_features=3, out_features=2, bias=False)"),
+    (ml.Embedding(3, 2), "Embedding(3, 2)"), (ml.LayerNorm(3), "LayerNorm(3, eps=1e-05)"),
+    (ml.GELU(), "GELU()"), (ml.Dropout(0.5), "Dropout(p=0.5)"),
+    (ml.LoRALayer(3, 2, 2, 3), "LoRALayer(rank=2, alpha=3, scale=1.5)"),
+    (ml.CausalSelfAttention(4, 2).title(), "'CausalSelfAttention(n_heads=2)'"),
+    (ml.Parameter([1, 2]), "Parameter(shape=(2,), dtype=float32)"),
+    (ml.Parameter(np.zeros(()), False), "Parameter(shape=(), dtype=float64, frozen)"),
+    (ml.Sequential(ml.GELU()), "Sequential(\n  (0): GELU()\n)"),
+])
+def test_each_thing_prints_what_it_is(thing, text):
+    assert repr(thing) == text
 
 
 def test_counts_are_printed_as_peft_does(capsys):
@@ -167,18 +184,21 @@ def test_counts_are_printed_as_peft_does(capsys):
     expected = "trainable params: 10 || all params: 35 || trainable%: 28.5714\n"
     assert capsys.readouterr().out == expected
     ml.Sequential().print_trainable_parameters()
-    assert "all params: 0 || trainable%: 0.0000" in capsys.readouterr().out
+    ml.LayerNorm(1, bias=False).print_trainable_parameters()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("all params: 0 || trainable%: 0.0000")
+    assert lines[1].endswith("all params: 1 || trainable%: 100.0000")
 
 
 def test_summary_lists_every_parameter(capsys):
     ml.replace_linear_with_lora(ml.Sequential(ml.Linear(400, 5)), 2, 4).summary()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines[1:]] == [
-        ["0.linear.weight", "(400,", "5)", "2,000", "frozen"],
-        ["0.linear.bias", "(5,)", "5", "frozen"],
-        ["0.lora.A", "(400,", "2)", "800"],
-        ["0.lora.B", "(2,", "5)", "10"],
-        ["total", "2,815", "810", "trainable"],
+    assert capsys.readouterr().out.splitlines() == [
+        "parameter        shape     numbers",
+        "0.linear.weight  (400, 5)    2,000  frozen",
+        "0.linear.bias    (5,)            5  frozen",
+        "0.lora.A         (400, 2)      800",
+        "0.lora.B         (2, 5)         10",
+        "total                        2,815  810 trainable",
     ]
 
 
@@ -253,7 +273,7 @@ def test_a_subclass_may_add_attributes_after_its_parent_s_constructor():
     layer.factor = 3.0
     with pytest.raises(AttributeError, match="did you mean 'factor'"):
         layer.facotr = 4.0
-    with pytest.raises(AttributeError, match="no attribute 'anything'"):
+    with pytest.raises(AttributeError, match="no attribute 'anything' to set$"):
         ml.GELU().anything = 1
 
 

@@ -1,5 +1,6 @@
 """BLAS keeps to one thread unless somebody says otherwise; our own threads when they pay."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -58,6 +59,21 @@ def test_numbers_of_threads_that_are_none(bad, error, words):
         pass
 
 
+def test_only_blas_is_told(monkeypatch):
+    told = []
+
+    class Controller:
+        def limit(self, **limits):
+            told.append(limits)
+            return contextlib.nullcontext()
+
+    monkeypatch.setattr(blas, "_controller", Controller)
+    ml.set_blas_threads(np.int64(2))
+    with ml.blas_threads(3):
+        pass
+    assert told == [{"limits": 2, "user_api": "blas"}, {"limits": 3, "user_api": "blas"}]
+
+
 def test_without_threadpoolctl_nothing_happens(monkeypatch):
     monkeypatch.setattr(blas, "_controller", lambda: None)
     ml.set_blas_threads(2)
@@ -74,6 +90,18 @@ def test_threads_are_used_when_they_pay(monkeypatch):
     assert threads_that_pay(base, [(many, many)]) == parallel.MOST_THREADS
     monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert threads_that_pay(base, [(many, many)]) == 1
+    monkeypatch.delattr(parallel.os, "sched_getaffinity", raising=False)
+    for cores, threads in ((3, 3), (None, 1)):
+        monkeypatch.setattr(parallel.os, "cpu_count", lambda cores=cores: cores)
+        assert threads_that_pay(base, [(many, many)]) == threads
+
+
+def test_a_thread_pays_for_5e8_flops_of_6_for_each_parameter_and_token(monkeypatch):
+    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    model = ml.Linear(1000, 1000, bias=False)
+    for tokens, threads in ((166, 1), (167, 2), (249, 2), (250, 3), (9999, 4)):
+        batches = [(None, np.zeros((1, n))) for n in (100, tokens - 100)]
+        assert threads_that_pay(model, batches) == threads, tokens
 
 
 def test_xs_of_the_bench_stays_on_one_thread():

@@ -52,6 +52,14 @@ def test_sgd_with_momentum_by_hand():
     assert plain.data[0] == pytest.approx(0.8)
 
 
+def test_default_settings():
+    p = parameter([1.0])
+    assert ml.SGD([p]).param_groups == [
+        {"params": [p], "lr": 0.01, "momentum": 0.0, "weight_decay": 0.0}]
+    assert ml.AdamW([p]).param_groups == [
+        {"params": [p], "lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}]
+
+
 @pytest.mark.parametrize("kind", [ml.SGD, ml.AdamW])
 def test_minimises_a_square(kind):
     p = parameter([3.0, -2.0])
@@ -134,6 +142,12 @@ def test_bad_arguments(parameters, options, error, words):
         ml.AdamW(parameters, **options)
 
 
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, math.nan])
+def test_bad_momentum(momentum):
+    with pytest.raises(ValueError, match="momentum and betas must be in 0..1"):
+        ml.SGD([ml.Parameter([1])], momentum=momentum)
+
+
 def test_clipping():
     a, b = parameter([0.0], [3.0]), parameter([0.0], [4.0])
     assert ml.clip_grad_norm([a, b, parameter([0.0])], 10.0) == pytest.approx(5.0)
@@ -153,6 +167,7 @@ def test_cosine_schedule():
     assert at(52) == pytest.approx(0.55)
     assert all(at(i) >= at(i + 1) for i in range(4, 100))
     assert ml.cosine_schedule(1.0, steps=1)(0) == 1.0
+    assert ml.cosine_schedule(1.0, steps=2)(1) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="0 <= warmup < steps"):
         ml.cosine_schedule(1.0, steps=5, warmup=5)
 
@@ -165,6 +180,15 @@ def test_clipping_of_very_large_and_very_small_gradients(dtype, scale):
     assert ml.clip_grad_norm([a, b], 0.3 * scale) == pytest.approx(3.0 * scale, rel=1e-5)
     np.testing.assert_allclose(a.grad / dtype(scale), [0.2, 0.1], rtol=1e-5)
     np.testing.assert_allclose(b.grad / dtype(scale), [0.2], rtol=1e-5)
+
+
+def test_clipping_of_gradients_without_a_norm():
+    zero, empty = parameter([1.0], [0.0]), ml.Parameter(np.zeros((0, 3)))
+    empty.grad = np.zeros((0, 3))
+    assert ml.clip_grad_norm([zero, empty], 1.0) == 0.0 and zero.grad.tolist() == [0.0]
+    tiny = parameter([1.0, 1.0], [3e-200, 4e-200])
+    assert ml.clip_grad_norm([tiny], 1e-200) == pytest.approx(5e-200, rel=1e-12)
+    np.testing.assert_allclose(tiny.grad, [0.6e-200, 0.8e-200], rtol=1e-12)
 
 
 @pytest.mark.parametrize("one", [ml.Parameter([1.0]), ml.Linear(2, 2)])

@@ -1,4 +1,6 @@
+import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from conftest import tiny_config
 
 import minilora as ml
 from minilora.train import loop as training
+from minilora.train import parallel
 from minilora.train.loop import evaluate, fit
 from minilora.train.parallel import DataParallel, replicate
 
@@ -73,13 +76,13 @@ def test_threads_give_the_gradients_of_one(ids, threads):
     model.backward(dlogits)
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    with DataParallel(model, threads) as parallel:
+    with DataParallel(model, threads) as twins:
         for _ in range(2):
             model.zero_grad()
-            assert parallel.loss_and_gradients(ids, targets) == pytest.approx(loss, rel=1e-12)
+            assert twins.loss_and_gradients(ids, targets) == pytest.approx(loss, rel=1e-12)
             for name, p in model.named_parameters():
                 np.testing.assert_allclose(p.grad, expected[name], atol=1e-12)
-        assert parallel.mean_loss([(ids, targets)] * 3) == pytest.approx(loss, rel=1e-12)
+        assert twins.mean_loss([(ids, targets)] * 3) == pytest.approx(loss, rel=1e-12)
 
 
 @pytest.mark.parametrize("ignored", [[0, 1, 2, 3, 9], range(6), range(12), range(17)])
@@ -91,13 +94,13 @@ def test_threads_and_ignored_targets(ids, ignored):
     model.backward(dlogits)
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    with DataParallel(model, 3) as parallel:
-        assert parallel.loss_and_gradients(ids, targets) == pytest.approx(loss, rel=1e-12)
+    with DataParallel(model, 3) as twins:
+        assert twins.loss_and_gradients(ids, targets) == pytest.approx(loss, rel=1e-12)
         for name, p in model.named_parameters():
             np.testing.assert_allclose(p.grad, expected[name], atol=1e-12)
-        assert parallel.mean_loss([(ids, targets)]) == pytest.approx(loss, rel=1e-12)
+        assert twins.mean_loss([(ids, targets)]) == pytest.approx(loss, rel=1e-12)
         with pytest.raises(ValueError, match="not ignore_index"):
-            parallel.loss_and_gradients(ids, np.full_like(targets, -100))
+            twins.loss_and_gradients(ids, np.full_like(targets, -100))
 
 
 def test_batches_may_be_lists(tiny_gpt, ids):
@@ -115,6 +118,22 @@ def test_replicas_drop_different_things():
     assert not np.array_equal(masks[0], masks[1]) and not np.array_equal(masks[1], masks[2])
 
 
+def test_threads_share_the_batches_of_an_evaluation():
+    used = set()
+
+    class Spy(ml.Linear):
+        def forward(self, x):
+            used.add(threading.current_thread().name)
+            return super().forward(x)
+
+    x, targets = np.ones((2, 4, 3), np.float32), np.zeros((2, 4), int)
+    for threads, count in ((1, 1), (2, 2)):
+        used.clear()
+        evaluate(Spy(3, 2, rng=0), [(x, targets)] * 4, threads)
+        assert (threading.current_thread().name in used) == (threads == 1)
+        assert 1 <= len(used) <= count
+
+
 def test_threads_are_reproducible(ids):
     def run():
         model = ml.replace_linear_with_lora(ml.GPT(tiny_config(dropout=0.1)), 2, 4, rng=0)
@@ -127,9 +146,14 @@ def test_threads_are_reproducible(ids):
 
 def test_replicas_share_weights_and_nothing_else(ids):
     model = ml.GPT(tiny_config(dropout=0.5))
+    model.backward(model(ids))
+    model(ids)
     twin = replicate(model)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert p.data is q.data and p is not q
+        assert p.data is q.data and p is not q and q.grad is None
+    assert all(module._cache is None for _, module in twin.named_modules())
+    assert model.h[0].attn._cache is not None
+    model.zero_grad()
     assert not np.array_equal(twin.drop(np.ones((9, 9))), model.drop(np.ones((9, 9))))
     twin.backward(twin(ids))
     assert all(p.grad is None for p in model.parameters())
@@ -156,7 +180,7 @@ def test_ctrl_c_returns_what_was_done(tiny_gpt, ids):
 
 @pytest.mark.parametrize("steps", [0, -3])
 def test_bad_steps(tiny_gpt, ids, steps):
-    with pytest.raises(ValueError, match="steps must be 1 or more"):
+    with pytest.raises(ValueError, match=f"^fit: steps must be 1 or more, got {steps}"):
         fit(tiny_gpt, batches_of(ids), ml.AdamW(tiny_gpt.parameters()), steps)
 
 
@@ -197,6 +221,14 @@ def test_ids_and_targets_of_different_batches(tiny_gpt, ids):
             fit(tiny_gpt, [(ids, ids[:2])], optimizer, 1, threads=threads, progress=False)
 
 
+def test_the_loss_is_validated_every_100_steps_by_default():
+    x, targets = np.ones((4, 3), np.float32), np.zeros(4, int)
+    model = ml.Linear(3, 2, rng=0)
+    history = fit(model, [(x, targets)] * 101, ml.SGD(model.parameters()), 101,
+                  validation=[(x, targets)], progress=False)
+    assert history.validation_steps == [0, 100, 101]
+
+
 def test_validate_every_below_one(tiny_gpt, ids):
     with pytest.raises(ValueError, match="validate_every must be 1 or more, got 0"):
         fit(tiny_gpt, batches_of(ids), ml.AdamW(tiny_gpt.parameters()), 5, validate_every=0)
@@ -215,13 +247,82 @@ def test_progress_bar_shows_loss_and_can_be_switched_off(tiny_gpt, ids, capsys):
     optimizer = ml.AdamW(tiny_gpt.parameters())
     fit(tiny_gpt, batches_of(ids), optimizer, 3, progress=False)
     assert capsys.readouterr().err == ""
-    fit(tiny_gpt, batches_of(ids), optimizer, 3, progress=True, description="a run")
-    assert "a run" in capsys.readouterr().err
+    fit(tiny_gpt, batches_of(ids), optimizer, 3, description="a run")
+    shown = capsys.readouterr().err
+    assert "a run:   0%" in shown and "0/3 [" in shown and "?step/s" in shown
+    assert "\n" not in shown, "the bar vanishes when it is done"
+
+
+def test_the_progress_bar_has_one_step_for_each_of_the_run_and_its_loss(tiny_gpt, ids, monkeypatch):
+    calls = []
+
+    class Bar(contextlib.nullcontext):
+        def set_postfix_str(self, text, refresh):
+            calls.append((text, refresh))
+
+        def update(self):
+            calls.append("update")
+
+        def __enter__(self):
+            return self
+
+    monkeypatch.setattr(training, "_bar", lambda *given: calls.append(given) or Bar())
+    history = fit(tiny_gpt, batches_of(ids), ml.AdamW(tiny_gpt.parameters()), 2)
+    assert calls[0] == (2, "", True)
+    expected = [((f"loss {loss:.3f}", False), "update") for loss in history.losses]
+    assert calls[1:] == [call for pair in expected for call in pair]
+
+
+def test_seconds_count_from_the_start(monkeypatch):
+    clock = iter([100.0, 102.5, 103.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    history = ml.History()
+    history.add(0, 2.0, 0.1)
+    history.add(1, 1.0, 0.1)
+    assert history.seconds == [2.5, 3.0]
 
 
 def test_threads_below_one(tiny_gpt):
-    with pytest.raises(ValueError, match="threads must be 1 or more"):
-        training.DataParallel(tiny_gpt, 0)
+    for use in (lambda: DataParallel(tiny_gpt, 0), lambda: evaluate(tiny_gpt, [], threads=0),
+                lambda: fit(tiny_gpt, [], ml.SGD(tiny_gpt.parameters()), 1, threads=0)):
+        with pytest.raises(ValueError, match="^DataParallel: threads must be 1 or more, got 0"):
+            use()
+
+
+def test_blas_keeps_to_one_thread_while_there_are_others(monkeypatch):
+    asked = []
+    monkeypatch.setattr(parallel, "blas_threads",
+                        lambda n: asked.append(n) or contextlib.nullcontext())
+    monkeypatch.setattr(parallel, "ThreadPoolExecutor",
+                        lambda n: asked.append(f"pool of {n}") or ThreadPoolExecutor(n))
+    x, targets = np.ones((6, 3), np.float32), np.zeros(6, int)
+    for threads, expected in ((1, []), (2, [1, "pool of 4"]), (6, [1, "pool of 6"])):
+        asked.clear()
+        with DataParallel(ml.Linear(3, 2, rng=0), threads) as twins:
+            for _ in range(2):
+                twins.loss_and_gradients(x, targets)
+            assert len(twins.models) == threads and asked == expected
+
+
+def test_glibc_is_told_to_keep_memory_on_linux_only(monkeypatch):
+    told = []
+
+    class Glibc:
+        def mallopt(self, *setting):
+            told.append(setting)
+
+    def missing(name):
+        raise OSError
+
+    monkeypatch.setattr(parallel.sys, "platform", "linux")
+    for library in (missing, lambda name: object(), lambda name: [Glibc(), None][name is not None]):
+        monkeypatch.setattr(parallel.ctypes, "CDLL", library)
+        parallel.keep_freed_memory()
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    assert told == [(M_TRIM_THRESHOLD, 2**30), (M_MMAP_THRESHOLD, 2**25)]
+    monkeypatch.setattr(parallel.sys, "platform", "win32")
+    parallel.keep_freed_memory()
+    assert len(told) == 2
 
 
 class Rebinding(ml.AdamW):
