@@ -163,7 +163,9 @@ def _gradients(
     forward()
     module.backward(dout.copy())
     for name, p in module.named_parameters():
-        if name in once and (p.grad is None or not np.allclose(p.grad, 2.0 * once[name])):
+        if name in once and (
+            p.grad is None or not np.allclose(p.grad, 2.0 * once[name], equal_nan=True)
+        ):
             faults[name] = "a second backward did not add to the gradient of the first"
     if not np.array_equal(given, dout):
         faults["dout"] = "backward changed its argument"

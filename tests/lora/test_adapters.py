@@ -156,6 +156,19 @@ def test_compression_is_the_best_there_is(rank):
         assert small.layers[name].rank == min(rank, 4)
 
 
+def test_what_a_combination_keeps():
+    one = task(1, dropout=0.1, modules_to_save="ln_f")
+    one.ln_f.module.bias.data += 1.0
+    small, _ = ml.compress(ml.get_adapter(one), 1)
+    assert small.dropout == 0.1 and set(small.saved) == {"ln_f.weight", "ln_f.bias"}
+    assert np.array_equal(small.saved["ln_f.bias"], one.ln_f.module.bias.data)
+    parts = [ml.get_adapter(task(seed, dropout=p)) for seed, p in ((1, 0.1), (2, 0.3), (3, 0.2))]
+    both = ml.weighted_sum(parts, [1, 1, 1])
+    assert both.dropout == 0.3 and both.saved == {}
+    for factors in (*small.layers.values(), *both.layers.values()):
+        assert factors.A.dtype == factors.B.dtype == np.float32 and factors.scale == 1.0
+
+
 def test_extraction_from_two_checkpoints(ids):
     tuned = ml.merge_lora(task(), unload=True)
     adapter, errors = ml.extract_lora(base(), tuned, 2)
@@ -175,6 +188,14 @@ def test_extraction_says_what_it_leaves_out():
     tuned.wte.weight.data += 1.0
     with pytest.warns(UserWarning, match="1 parameters differ and are not in the adapter: wte"):
         ml.extract_lora(base(), tuned, 1, "q_proj")
+    tuned, names = base(), ["wte.weight", "h.0.ln_1.bias", "h.0.ln_2.bias", "ln_f.weight"]
+    for name, more in (("h.0.attn.k_proj.bias", ""), ("ln_f.bias", ", ...")):
+        for changed in (*names, name):
+            dict(tuned.named_parameters())[changed].data += 1.0
+        with pytest.warns(UserWarning, match=r"wte.weight, .*, ln_f.weight") as found:
+            ml.extract_lora(base(), tuned, 1, "q_proj")
+        assert str(found[0].message).endswith(f"ln_f.weight{more}")
+        assert found[0].filename == __file__, "it points at the call"
     with pytest.raises(ValueError, match="two plain models"):
         ml.extract_lora(base(), task(), 1)
     with pytest.raises(ValueError, match="differ in their parameters"):

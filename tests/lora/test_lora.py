@@ -98,8 +98,9 @@ def test_bad_hyperparameters(arguments, error, words):
 
 
 def test_a_rank_that_is_too_large_is_warned_of():
-    with pytest.warns(UserWarning, match=r"rank 12 is above min\(in, out\) = 8"):
+    with pytest.warns(UserWarning, match=r"rank 12 is above min\(in, out\) = 8") as found:
         ml.replace_linear_with_lora(ml.GPT(tiny_config()), 12, 9)
+    assert found[0].filename == __file__, "it points at the call"
     with pytest.warns(UserWarning, match="rank 9"):
         ml.replace_linear_with_lora(ml.GPT(tiny_config()), 9, 9)
     model = ml.GPT(tiny_config())
@@ -107,6 +108,7 @@ def test_a_rank_that_is_too_large_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ml.replace_linear_with_lora(model, 4, 4)  # only the two-class head is that narrow
+        ml.replace_linear_with_lora(ml.GPT(tiny_config()), 8, 8)
 
 
 # Replacing

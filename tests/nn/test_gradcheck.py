@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -39,17 +40,21 @@ class Wrong(ml.Linear):
 
 
 @pytest.mark.parametrize(
-    "mistake, name",
-    [("mean", "bias"), ("sign", "input"), ("one entry", "weight"), ("nan", "weight"),
-     ("forgotten", "weight"), ("shape", "input"), ("in place", "dout"), ("overwrites", "weight")],
+    "mistake, name, words",
+    [("mean", "bias", r"at \(\d,\): expected"), ("sign", "input", r"at \(\d, \d\): expected"),
+     ("one entry", "weight", r"at \(2, 1\): expected"),
+     ("nan", "weight", r"inf  at \(0, 0\): expected .*, got nan"),
+     ("forgotten", "weight", "inf  backward left no gradient"),
+     ("shape", "input", r"inf  expected shape \(5, 4\), got \(10, 4\)"),
+     ("in place", "dout", "inf  backward changed its argument"),
+     ("overwrites", "weight", "inf  a second backward did not add to the gradient of the first")],
 )
-def test_mistakes_are_found_and_named(rng, mistake, name):
+def test_mistakes_are_found_and_named(rng, mistake, name, words):
     report = ml.gradcheck(Wrong(mistake), rng.standard_normal((5, 4)))
     assert not report.passed
     assert [e.name for e in report.entries if not e.error <= report.tolerance] == [name]
-    assert f"WRONG {name}" in str(report)
-    if mistake == "one entry":
-        assert "at (2, 1): expected" in str(report)
+    wrong = [line for line in str(report).splitlines() if line.startswith(f"WRONG {name} ")]
+    assert len(wrong) == 1 and re.search(rf" {words}", wrong[0])
 
 
 def test_the_report_as_text():
@@ -73,6 +78,35 @@ def test_a_right_backward_passes_and_nothing_is_left_behind(rng):
     assert report.passed and report.max_error < 1e-8
     assert all(np.array_equal(before[name], array) for name, array in layer.state_dict().items())
     assert layer.weight.grad is None
+
+
+def test_of_a_large_array_a_sample_is_compared(rng):
+    passes = []
+
+    class Counting(ml.GELU):
+        def forward(self, x):
+            passes.append(x)
+            return super().forward(x)
+
+    x = rng.standard_normal(60)
+    for options, compared in (({}, 50), ({"max_entries": 7}, 7), ({"max_entries": 99}, 60)):
+        passes.clear()
+        assert ml.gradcheck(Counting(), x, **options).passed
+        assert len(passes) == 3 + 2 * compared, "one for the shape, two for backward, two each"
+
+
+@pytest.mark.parametrize("entry", [0, 31, 59])
+def test_every_entry_is_compared_if_there_are_no_more_than_allowed(rng, entry):
+    class OffByOneEntry(ml.GELU):
+        def backward(self, dout):
+            dx = super().backward(dout)
+            dx[entry] += 0.1
+            return dx
+
+    assert not ml.gradcheck(OffByOneEntry(), rng.standard_normal(60), max_entries=60).passed
+    with pytest.raises(ValueError, match="max_entries < 1"):
+        ml.gradcheck(ml.GELU(), rng.standard_normal(60), max_entries=0)
+    assert ml.gradcheck(ml.GELU(), rng.standard_normal(60), max_entries=1).passed
 
 
 def test_float32_is_refused():
