@@ -73,6 +73,12 @@ def test_what_is_not_supported_is_refused(pattern, words):
         ends(pattern, "a")
 
 
+def test_50_groups_inside_each_other_are_allowed():
+    assert ends("(" * 50 + "a" + ")" * 50, "a") == [1]
+    with pytest.raises(PatternError, match="more than 50 groups"):
+        ends("(" * 51 + "a" + ")" * 51, "a")
+
+
 ATOMS = ["a", "b", "ab", ".", r"\.", "[ab]", "[^a]", r"\d", r"\w", "0", "[a-]", "[]a]", r"[\]b]",
          "{", r"\x61", r"\u0062", "^", "$", r"\b", r"\B", r"\A", r"\Z", "(?<=a)", "(?<!ab)"]
 COUNTS = ["*", "+", "?", "{2}", "{1,2}", "{,2}", "{2,}", "{0,3}", "{}", "{a}", "{,}"]
