@@ -176,6 +176,35 @@ def test_embeddings_that_are_tied_to_the_head(tmp_path, ids, save):
     assert not np.allclose(apart(ids), model(ids))
 
 
+def test_an_adapter_described(tmp_path):
+    linears = ml.Linear(4, 3, rng=0), ml.Linear(3, 2, rng=1), ml.Linear(2, 2, bias=False, rng=2)
+    model = ml.Sequential(*linears)
+    ml.replace_linear_with_lora(model, 1, 2, "0", dropout=0.25, modules_to_save="2", rng=0)
+    ml.replace_linear_with_lora(model, 2, 2, "1", dropout=0.25, rng=0)
+    for i in range(2):  # so that the updates are full of ones
+        model[i].lora.A.data[...], model[i].lora.B.data[...] = 1.0, 0.5
+    save_adapter(model, tmp_path)
+    assert describe_adapter(tmp_path / "adapter_config.json").splitlines() == [
+        "LoRA adapter: rank 1, 2, alpha 2, scaling alpha/r = 1, 2, dropout 0.25",
+        "targets: 0, 1",
+        "2 layers, 17 parameters, 68 bytes",
+        "stored whole, 4 parameters: 2.weight (2, 2)",
+        "norm of the update, scale * A B, by layer:",
+        "  0: 3.464  (4, 3), rank 1",
+        "  1: 2.449  (3, 2), rank 2",
+    ]
+    dora = ml.Sequential(ml.Linear(4, 3, rng=0))
+    ml.replace_linear_with_lora(dora, 2, 4, scaling="alpha/sqrt(r)", use_dora=True, rng=0)
+    save_adapter(dora, tmp_path)
+    assert describe_adapter(tmp_path).splitlines() == [
+        "DoRA adapter: rank 2, alpha 4, scaling alpha/sqrt(r) = 2.82843, dropout 0",
+        "targets: 0",
+        "1 layers, 17 parameters, 68 bytes",
+        "norm of the update, scale * A B, by layer:",
+        "  0: 0  (4, 3)",
+    ]
+
+
 @pytest.mark.parametrize("first, second", [("q_proj", "v_proj"), ("v_proj", "q_proj")])
 def test_dora_and_plain_layers_inside_one_fused_layer_are_refused(tmp_path, first, second):
     model = ml.replace_linear_with_lora(ml.GPT(tiny_config()), 2, 4, first, use_dora=True)

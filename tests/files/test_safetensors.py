@@ -258,6 +258,18 @@ def test_a_header_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
         read_json(tmp_path / "large.json")
 
 
+def test_a_file_described(tmp_path):
+    path = tmp_path / "x"
+    tensors = {"w": np.zeros((1000, 3), np.float32), "b\n": np.int8(0)}
+    save_safetensors(path, tensors, {"k": "v", "a\r": "\x1b[0m"})
+    assert describe_safetensors(path).splitlines() == [
+        f"safetensors file: 2 arrays, 3,001 numbers, {path.stat().st_size:,} bytes",
+        "k: v", r"a\r: \x1b[0m", "  w: (1000, 3) float32", r"  b\n: () int8",
+    ]
+    path = file_of(tmp_path, {"x": entry("BF16", (3,), (0, 6))}, b"123456")
+    assert describe_safetensors(path).endswith(" 3 numbers, 76 bytes\n  x: (3,) bfloat16")
+
+
 def test_sparse_terabytes_take_no_time_and_no_memory(tmp_path):
     size = 2**42
     path = file_of(tmp_path, {"x": entry("F32", (size // 4,), (0, size))})
