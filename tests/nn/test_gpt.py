@@ -155,12 +155,46 @@ def test_bad_ids(tiny_gpt, ids, error, words):
     "change, words",
     [({"n_heads": 3}, "n_heads must divide"), ({"n_layers": 0}, "n_layers"),
      ({"d_model": 8.0}, "d_model"), ({"dropout": 1.0}, "dropout"), ({"n_layers": True}, "n_l"),
-     ({"layer_norm_eps": float("nan")}, "layer_norm_eps"), ({"bias": 1}, "bias must be True"),
+     ({"layer_norm_eps": float("nan")}, "layer_norm_eps"), ({"layer_norm_eps": 1.0}, "layer_norm"),
+     ({"layer_norm_eps": 0.0}, "layer_norm_eps"), ({"layer_norm_eps": 1}, "layer_norm_eps must be"),
+     ({"tie_weights": None}, "tie_weights must be True"), ({"vocab_size": 0}, "GPTConfig: vocab_s"),
+     ({"context_length": 0}, "context_length"), ({"bias": 1}, "bias must be True"),
      ({"dropout": "a"}, "dropout must be a number, got 'a'")],
 )
 def test_bad_configurations(change, words):
     with pytest.raises((ValueError, TypeError), match=words):
         tiny_config(**change)
+
+
+def test_numpy_numbers_become_python_s_so_that_a_config_can_be_stored():
+    config = ml.GPTConfig(*map(np.int64, (11, 6, 8, 2, 2)), dropout=np.float32(0.5),
+                          layer_norm_eps=np.float64(1e-5))
+    assert config == tiny_config(dropout=0.5)
+    kinds = [type(value) for value in vars(config).values()]
+    assert kinds == [int] * 5 + [bool] * 2 + [float] * 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_part_is_as_the_config_says(bias):
+    config = tiny_config(bias=bias, dropout=0.25, layer_norm_eps=0.125)
+    model = ml.GPT(config, dtype=np.float64)
+    modules = [module for _, module in model.named_modules()]
+    assert {m.p for m in modules if isinstance(m, ml.Dropout)} == {0.25}
+    assert sum(isinstance(m, ml.Dropout) for m in modules) == 1 + 2 * 2
+    assert {m.eps for m in modules if isinstance(m, ml.LayerNorm)} == {0.125}
+    assert {m.n_heads for m in modules if isinstance(m, CausalSelfAttention)} == {2}
+    assert {p.data.dtype for p in model.parameters()} == {np.dtype(np.float64)}
+    biased = {name.removesuffix(".bias") for name, _ in model.named_parameters() if "bias" in name}
+    able = {name for name, m in model.named_modules() if isinstance(m, (ml.Linear, ml.LayerNorm))}
+    assert biased == (able - {"lm_head"} if bias else set())
+
+
+def test_the_seed_decides_weights_and_dropout(ids):
+    def logits(*seed):
+        return ml.GPT(tiny_config(dropout=0.5), *seed)(ids)
+
+    assert np.array_equal(logits(1), logits(1)) and not np.allclose(logits(1), logits(2))
+    assert np.array_equal(logits(), logits(0)), "0 by default"
 
 
 @pytest.mark.parametrize("tie_weights", [False, True])
@@ -172,6 +206,8 @@ def test_backward_of_the_wrong_shape(ids, tie_weights):
             model.backward(np.zeros(shape))
     with pytest.raises(ValueError, match=r"attention expects input of shape \(B, T, C\)"):
         model.h[0].attn(np.zeros((6, 8)))
+    with pytest.raises(ValueError, match=r"T at least 1, got \(2, 0, 8\)"):
+        model.h[0].attn(np.zeros((2, 0, 8)))
 
 
 def test_published_sizes():

@@ -155,10 +155,18 @@ def test_embedding_refuses_ids_out_of_range(bad):
         embedding.backward(np.zeros((3, 3)))
 
 
-@pytest.mark.parametrize("make", [lambda: ml.Linear(0, 3), lambda: ml.Linear(3, 0),
-                                  lambda: ml.Embedding(0, 3), lambda: ml.LayerNorm(0)])
-def test_sizes_below_one(make):
-    with pytest.raises(ValueError, match="1 or more"):
+@pytest.mark.parametrize("make, words", [
+    (lambda: ml.Linear(0, 3), "Linear: in_features"), (lambda: ml.Linear(3, 0), "Linear: out_fea"),
+    (lambda: ml.Embedding(0, 3), "Embedding: num_embeddings"), (lambda: ml.LayerNorm(0), "LayerNo"),
+    (lambda: ml.Embedding(3, 0), "Embedding: embedding_dim must be 1 or more, got 0$"),
+    (lambda: ml.CausalSelfAttention(0, 1), "CausalSelfAttention: d_model must be 1 or more, got 0"),
+    (lambda: ml.CausalSelfAttention(4, 0), "CausalSelfAttention: n_heads"),
+    (lambda: ml.LoRALayer(0, 3, 1, 1), "LoRALayer: in_dim"),
+    (lambda: ml.LoRALayer(3, 0, 1, 1), "LoRALayer: out_dim"),
+    (lambda: ml.LoRALayer(3, 3, 0, 1), "LoRA: rank"),
+])
+def test_sizes_below_one(make, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
         make()
 
 
@@ -171,6 +179,10 @@ def test_dropout(rng):
     assert np.array_equal(dropout.backward(x), y), "backward must use the same mask"
     assert not np.array_equal(dropout(x), y), "each forward draws a new mask"
     assert np.array_equal(dropout.eval()(x), x)
+    draws = np.random.default_rng(0).random((200, 200), dtype=np.float32)
+    assert np.array_equal(y != 0, draws >= 0.25)
+    edge = ml.Dropout(draws[0, 0], rng=0)  # drop what is below p
+    assert edge(x)[0, 0] == np.float32(1 / (1 - edge.p))
     for p in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="0 <= p < 1"):
             ml.Dropout(p)
