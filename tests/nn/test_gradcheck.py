@@ -71,6 +71,27 @@ def test_the_report_as_text():
     assert str(GradCheck(1e-6)) == "" and GradCheck(1e-6).max_error == 0.0
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e6])
+def test_errors_are_relative_to_the_gradients_of_an_array(rng, size):
+    x = size * rng.standard_normal((5, 4))
+    assert ml.gradcheck(Wrong(None), x, tolerance=2e-6).passed
+    report = ml.gradcheck(Wrong("one entry"), x)
+    assert [e.name for e in report.entries if not e.error <= report.tolerance] == ["weight"]
+
+
+def test_gradients_of_zero_are_right():
+    assert ml.gradcheck(ml.GELU(), np.full(5, -100.0)).passed
+
+
+def test_a_report_can_be_repeated_and_tells_faults_from_errors(rng):
+    layer, x = ml.Linear(40, 40, dtype=np.float64, rng=0), rng.standard_normal((5, 40))
+    reports = [ml.gradcheck(layer, x, **options) for options in ({}, {"rng": 0}, {"rng": 1})]
+    assert reports[0] == reports[1] != reports[2]
+    entry = next(e for e in ml.gradcheck(Wrong("forgotten"), x[:, :4]).entries if e.note)
+    assert (entry.name, entry.error, entry.index) == ("weight", math.inf, ())
+    assert math.isnan(entry.expected) and math.isnan(entry.got)
+
+
 def test_a_right_backward_passes_and_nothing_is_left_behind(rng):
     layer = Wrong(None)
     before = layer.state_dict()

@@ -111,6 +111,12 @@ def test_bad_input(layer):
 
 
 @pytest.mark.parametrize("layer", [ml.GELU(), ml.Dropout(0.5)], ids=["GELU", "Dropout"])
+def test_layers_without_parameters_keep_the_precision_of_their_input(layer):
+    assert layer(np.ones(3, np.float32)).dtype == np.float32
+    assert layer.backward(np.ones(3)).dtype == np.float32
+
+
+@pytest.mark.parametrize("layer", [ml.GELU(), ml.Dropout(0.5)], ids=["GELU", "Dropout"])
 def test_bad_input_to_layers_without_parameters(layer):
     with pytest.raises(TypeError, match="floating-point input, got dtype int"):
         layer([1, 2])
