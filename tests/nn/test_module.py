@@ -291,6 +291,14 @@ def test_a_dataclass_may_be_a_module():
         Scale()
 
 
+def test_gradients_add_up_in_place_and_leave_what_is_added():
+    p, first = ml.Parameter(np.zeros(3)), np.array([1.0, 2.0, 3.0])
+    p.accumulate(first)
+    grad = p.grad
+    p.accumulate(np.ones(3))
+    assert p.grad is grad and grad.tolist() == [2.0, 3.0, 4.0] and first.tolist() == [1.0, 2.0, 3.0]
+
+
 def test_a_gradient_of_another_shape_is_refused():
     p = ml.Parameter(np.zeros((2, 3)))
     for wrong in (np.ones(3), np.ones((3, 2)), 1.0):

@@ -144,7 +144,7 @@ def test_bad_arguments(parameters, options, error, words):
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, math.nan])
 def test_bad_momentum(momentum):
-    with pytest.raises(ValueError, match="momentum and betas must be in 0..1"):
+    with pytest.raises(ValueError, match="momentum must be 0 or more and less than 1"):
         ml.SGD([ml.Parameter([1])], momentum=momentum)
 
 
