@@ -195,7 +195,6 @@ def test_extraction_says_what_it_leaves_out():
         with pytest.warns(UserWarning, match=r"wte.weight, .*, ln_f.weight") as found:
             ml.extract_lora(base(), tuned, 1, "q_proj")
         assert str(found[0].message).endswith(f"ln_f.weight{more}")
-        assert found[0].filename == __file__, "it points at the call"
     with pytest.raises(ValueError, match="two plain models"):
         ml.extract_lora(base(), task(), 1)
     with pytest.raises(ValueError, match="differ in their parameters"):
