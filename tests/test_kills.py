@@ -79,7 +79,7 @@ def check_failure(writer, number):
     before = contents(writer.folder)
     with pytest.raises(OSError) as error:
         writer.write(1)
-    assert error.value.errno == number and error.value.filename
+    assert error.value.errno == number and not error.value.filename.endswith(".tmp")
     assert contents(writer.folder) == before and writer.found() == 0
 
 
@@ -117,6 +117,16 @@ def test_a_disk_that_is_full_at_any_call(writer, monkeypatch, call):
 
 
 # ---- A folder that cannot be written to
+
+
+def test_a_disk_that_can_only_be_read(writer, monkeypatch):
+    def refuse(path, *args, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(safetensors, "open", refuse, raising=False)
+    for call in ("mkdir", "rename", "replace", "unlink"):
+        monkeypatch.setattr(os, call, refuse)
+    check_failure(writer, errno.EROFS)
 
 
 def test_a_path_below_a_file(writer):
