@@ -74,24 +74,29 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def check_failure(writer, number):
+def check_failure(writer, number, limits):
     """Check that writing result 1 fails with this error, and that nothing is different then."""
     before = contents(writer.folder)
-    with pytest.raises(OSError) as error:
+    with limits, pytest.raises(OSError) as error:
         writer.write(1)
     assert error.value.errno == number and not error.value.filename.endswith(".tmp")
     assert contents(writer.folder) == before and writer.found() == 0
 
 
+@contextlib.contextmanager
+def largest_file(size):
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
 def test_a_file_that_may_not_grow_any_further(writer):
     most = max(len(content) for content in contents(writer.folder).values())
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in (0, 1, 100, most // 2, most - 1):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-        try:
-            check_failure(writer, errno.EFBIG)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        check_failure(writer, errno.EFBIG, largest_file(size))
     writer.write(1)
     assert writer.found() == 1 and not temporary_files(writer.folder)
 
@@ -119,14 +124,20 @@ def test_a_disk_that_is_full_at_any_call(writer, monkeypatch, call):
 # ---- A folder that cannot be written to
 
 
-def test_a_disk_that_can_only_be_read(writer, monkeypatch):
+@contextlib.contextmanager
+def no_writing():
     def refuse(path, *args, **options):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr(safetensors, "open", refuse, raising=False)
-    for call in ("mkdir", "rename", "replace", "unlink"):
-        monkeypatch.setattr(os, call, refuse)
-    check_failure(writer, errno.EROFS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safetensors, "open", refuse, raising=False)
+        for call in ("mkdir", "rename", "replace", "unlink"):
+            patch.setattr(os, call, refuse)
+        yield
+
+
+def test_a_disk_that_can_only_be_read(writer):
+    check_failure(writer, errno.EROFS, no_writing())
 
 
 def test_a_path_below_a_file(writer):
@@ -139,14 +150,19 @@ def test_a_path_below_a_file(writer):
 
 @pytest.mark.skipif(os.name != "posix" or not os.geteuid(), reason="root may write everywhere")
 def test_a_folder_without_permission(writer):
-    folders = {path if path.is_dir() else path.parent for path in writer.folder.rglob("*")}
-    for folder in folders:
-        folder.chmod(0o500)
+    check_failure(writer, errno.EACCES, no_permission(writer.folder))
+
+
+@contextlib.contextmanager
+def no_permission(folder):
+    inside = {path if path.is_dir() else path.parent for path in folder.rglob("*")}
+    for path in inside:
+        path.chmod(0o500)
     try:
-        check_failure(writer, errno.EACCES)
+        yield
     finally:
-        for folder in folders:
-            folder.chmod(0o700)
+        for path in inside:
+            path.chmod(0o700)
 
 
 @pytest.mark.parametrize("command", [Compare, Pretrain])
