@@ -198,9 +198,11 @@ def _new_head(model, recipe):
 
 def _train(model, recipe):
     of_base = used_parameters(model)
+    dora = {id(layer.linear.weight) for _, layer in lora_layers(model)
+            if isinstance(layer, ml.DoRALinear)}  # which cannot be trained
     for name, parameter in of_base.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.trained):
-            parameter.requires_grad = True
+            parameter.requires_grad = id(parameter) not in dora
     task = task_parameters(model)
     moved = {id(p): p for p in [*task.values(), *of_base.values()]
              if p.requires_grad or any(p is q for q in task.values())}

@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from conftest import tiny_config
+from conftest import THOROUGH, tiny_config
 from helpers_adapters import task
 
 import minilora as ml
@@ -216,7 +216,8 @@ def write_for(writer, i, seconds):
 
 def run(name, folder, kills):
     """Kill half of the times before a change of the disk, and half at random moments."""
-    writer, rng, seen = WRITERS[name](folder), np.random.default_rng(), Counter()
+    writer, seen = WRITERS[name](folder), Counter()
+    rng = np.random.default_rng(None if THOROUGH else 0)
     old, changes = 1, write_until(writer, 1, None)
     moments = [1 + i % changes for i in rng.permutation(changes * kills)]
     for turn in range(kills):
