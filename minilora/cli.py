@@ -157,7 +157,7 @@ def pretrain_command(args: argparse.Namespace) -> int:
     history = pretrain(args.model, out, args.steps, args.seed, args.threads, not args.no_progress)
     if not history.steps:
         raise KeyboardInterrupt
-    for step, loss in zip(history.validation_steps, history.validation_losses, strict=True):
+    for step, loss in zip(history.validation_steps, history.validation_losses, strict=False):
         print(f"step {step:5d}: {loss:.4f} nats per character on held-out docs")
     print(f"interrupted; written to {out}.interrupted" if history.interrupted else
           f"written to {out}")

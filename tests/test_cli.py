@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -182,7 +183,8 @@ def test_a_file_called_base_does_not_take_the_shipped_model_s_place(tmp_path, mo
 
 def test_a_closed_pipe_is_not_an_ignored_exception():
     command = f"{sys.executable} -m minilora count gpt2-xl | true; exit ${{PIPESTATUS[0]}}"
-    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=buffered)
     assert run.returncode in (0, 141) and not run.stderr
 
 
