@@ -63,19 +63,21 @@ def write_atomically(path: str | Path, chunks: bytes | Iterable[bytes]) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))  # as those of the old file
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None  # a full disk gives none
-        raise
+    except OSError as error:  # which names the temporary file, or none if the disk is full
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
 
 
 def check_writable(path: str | Path) -> None:
     """Raise OSError if `write_atomically` could not write this file. Creates missing folders."""
-    _, temporary = _destination(path)
-    temporary.touch()
-    temporary.unlink()
+    path, temporary = _destination(path)
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _destination(path: str | Path) -> tuple[Path, Path]:

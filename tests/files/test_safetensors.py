@@ -243,8 +243,9 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
         yield b"half"
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(OSError, match=f"No space left on device.*{tmp_path / 'x'}"):
+    with pytest.raises(OSError) as error:
         write_atomically(tmp_path / "x", chunks())
+    assert str(error.value).endswith(f"No space left on device: '{tmp_path / 'x'}'")
     assert (tmp_path / "x").read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
 
 
