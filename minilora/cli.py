@@ -64,6 +64,13 @@ def temperature(text: str) -> float:
         return positive(text)  # which raises the error
 
 
+def filled(text: str) -> str:
+    """Parse a path or name that is not empty, as of a shell variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def ranks(text: str) -> tuple[int, ...]:
     """Parse "2,8"; each rank once, in the order given."""
     return tuple(dict.fromkeys(whole(1)(part) for part in text.split(",")))
@@ -110,7 +117,7 @@ def compare_options(parser: Parser) -> None:
         help="names or globs of the layers to adapt (default: every Linear)")
     add("--seeds", type=whole(1), help="runs of each method (default: 1)")
     add("--base", choices=sorted(RECIPES), help="shipped model (default: base)")
-    add("--out", default="runs/compare",
+    add("--out", type=filled, default="runs/compare",
         help="folder for figures, numbers, adapters (default: %(default)s)")
     add("--quick", action="store_true",
         help=f"the small model and {compare.QUICK.steps} steps, about 15 seconds")
@@ -147,7 +154,7 @@ def pretrain_options(parser: Parser) -> None:
         help="which recipe (default: %(default)s)")
     add("--steps", type=whole(1), help="training steps (default: the recipe's)")
     add("--seed", type=whole(0), default=0, help="seed of weights and batches (default: 0)")
-    add("--out", help="file to write (default: MODEL.safetensors)")
+    add("--out", type=filled, help="file to write (default: MODEL.safetensors)")
     training_options(parser)
 
 
@@ -168,8 +175,8 @@ def generate_options(parser: Parser) -> None:
     """Add the options of `minilora generate`."""
     add = parser.add_argument
     add("--prompt", default="The ", help=r"text to continue; \n is a new line")
-    add("--base", default="base", help=f"{MODEL_HELP} (default: base)")
-    add("--adapter", help="folder of an adapter, as compare writes them")
+    add("--base", type=filled, default="base", help=f"{MODEL_HELP} (default: base)")
+    add("--adapter", type=filled, help="folder of an adapter, as compare writes them")
     add("--tokens", type=whole(0), default=400, help="characters to write (default: 400)")
     add("--temperature", type=temperature, default=0.8,
         help="0 always takes the likeliest character (default: 0.8)")

@@ -78,18 +78,18 @@ def sample_tokens(
         if value is not None and value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
     rng, context = make_rng(rng), np.atleast_2d(ids)
-    with evaluating(model):
-        for _ in range(max_new_tokens):
-            context = context[:, -model.config.context_length :]
+    for _ in range(max_new_tokens):
+        context = context[:, -model.config.context_length :]
+        with evaluating(model):  # not while the caller has the token
             logits = model(context)[:, -1].astype(np.float64)
-            if logits.shape[-1] != model.config.vocab_size:
-                raise ValueError(f"the model's head has {logits.shape[-1]} outputs, not one for "
-                                 f"each of {model.config.vocab_size} tokens")
-            if np.isnan(logits).any():
-                raise FloatingPointError("the model's logits are nan")
-            token = _sample(logits, temperature, top_k, rng)
-            context = np.concatenate([context, token], axis=1)
-            yield token[0] if ids.ndim == 1 else token
+        if logits.shape[-1] != model.config.vocab_size:
+            raise ValueError(f"the model's head has {logits.shape[-1]} outputs, not one for "
+                             f"each of {model.config.vocab_size} tokens")
+        if np.isnan(logits).any():
+            raise FloatingPointError("the model's logits are nan")
+        token = _sample(logits, temperature, top_k, rng)
+        context = np.concatenate([context, token], axis=1)
+        yield token[0] if ids.ndim == 1 else token
 
 
 def _sample(

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from minilora.files.checkpoint import build_gpt, check_plain
-from minilora.files.safetensors import load_safetensors, read_json, refuse_settings
+from minilora.files.safetensors import load_safetensors
+from minilora.files.settings import read_json, refuse_settings
 from minilora.files.together import load_pair, save_pair
 from minilora.nn.gpt import GPT, GPTConfig
 from minilora.nn.layers import Linear

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.files.patterns import PatternError, compiled, ends
-from minilora.files.safetensors import refuse_settings
+from minilora.files.settings import refuse_settings
 from minilora.nn.validate import CheckpointError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

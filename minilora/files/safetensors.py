@@ -14,6 +14,7 @@ still be wrong, so each is checked against the size of the file before memory is
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ import stat
 import struct
 import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,15 +60,26 @@ def write_atomically(path: str | Path, chunks: bytes | Iterable[bytes]) -> None:
             for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
                 file.write(chunk)
             file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileNotFoundError):
+            with _if_supported():
+                os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError), _if_supported():
             os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))  # as those of the old file
         os.replace(temporary, path)
     except OSError as error:  # which names the temporary file, or none if the disk is full
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def _if_supported() -> Iterator[None]:
+    """Ignore an error that says that a file system does not have this operation."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM):
+            raise
 
 
 def check_writable(path: str | Path) -> None:
@@ -77,14 +89,16 @@ def check_writable(path: str | Path) -> None:
         temporary.touch()
         temporary.unlink()
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def _destination(path: str | Path) -> tuple[Path, Path]:
     """Return the path of a file to write, and of the temporary file beside it."""
-    path = Path(path)
+    given, path = path, Path(os.path.realpath(path))  # what a link points to, as with `open`
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory, not a file to write")
+        raise IsADirectoryError(f"{given} is a directory, not a file to write")
+    if path.exists() and not path.is_file():  # a device or pipe would be replaced
+        raise FileExistsError(f"{given} is not a regular file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path, temporary_in(path.parent)
 
@@ -93,7 +107,8 @@ def temporary_in(folder: Path) -> Path:
     """Return a new name for something temporary in a folder, after removing what was left there."""
     for left in folder.glob(f".minilora-{HOST}-*.tmp"):
         if not _is_running(left.name.split("-")[2]):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else may own or remove it
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
     # A name of its own for each writer: two threads may save to one path, and names may be long.
     return folder / f".minilora-{HOST}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
 
@@ -319,30 +334,3 @@ def _array(data: bytearray, entry: dict[str, Any], what: str) -> np.ndarray:
         return flat.reshape(entry["shape"]).astype(flat.dtype.newbyteorder("="))
     except (ValueError, OverflowError) as error:  # such as the shape (0, 2**62)
         raise CheckpointError(f"{what}: {error}") from None
-
-
-# ---- JSON
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError if the file contains anything else."""
-    with open_regular(path) as file:
-        text = file.read(MAX_HEADER + 1)
-    if len(text) > MAX_HEADER:
-        raise CheckpointError(f"{path} has more than {MAX_HEADER:,} bytes")
-    try:
-        value = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return value
-
-
-def refuse_settings(
-    path: Path, settings: dict[str, Any], allowed: dict[str, tuple[Any, ...]]
-) -> None:
-    """Raise CheckpointError if a setting of the file `path` has none of its allowed values."""
-    for key, values in allowed.items():
-        if key in settings and settings[key] not in values:
-            raise CheckpointError(f"{path}: {key} = {repr(settings[key])[:80]} is not supported")

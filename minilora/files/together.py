@@ -12,6 +12,11 @@ import json
 import os
 import shutil
 import threading
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,18 +26,17 @@ import numpy as np
 from minilora.files.safetensors import (
     load_metadata,
     load_with_metadata,
-    read_json,
     save_safetensors,
     temporary_in,
     write_atomically,
 )
+from minilora.files.settings import read_json
 from minilora.nn.validate import CheckpointError
 
 FINGERPRINT = "minilora_fingerprint"
 # PEFT knows this setting, in which others may put what they like, and ignores it.
 PLACE = "auto_mapping"
-ATTEMPTS = 10  # at reading a pair, if somebody writes it meanwhile
-READY = ".next"  # the name of results that are complete, but not in their place yet
+READY = ".minilora-next"  # the name of what is complete, but not in its place yet
 
 Settings = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -50,13 +54,21 @@ def save_pair(weights: Path, tensors: Arrays, config: Path, settings: Settings) 
     """
     fingerprint = _fingerprint(tensors, settings)
     text = json.dumps(settings | {PLACE: {FINGERPRINT: fingerprint}}, indent=2).encode()
-    with _saving:
+    config.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(config.parent):
         _settle(weights, config)  # after a save that was killed
         try:
-            write_atomically(_upcoming(config), text)
+            _write_upcoming(config, text)
             save_safetensors(weights, tensors, {"format": "pt", FINGERPRINT: fingerprint})
         finally:
             _settle(weights, config)
+
+
+def _write_upcoming(config: Path, text: bytes) -> None:
+    try:
+        write_atomically(_upcoming(config), text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(config)) from None
 
 
 def _settle(weights: Path, config: Path) -> None:
@@ -73,20 +85,42 @@ def load_pair(weights: Path, config: Path) -> tuple[Settings, Arrays]:
 
     Raises CheckpointError if a file is damaged, or if they are from two saves.
     """
-    for _ in range(ATTEMPTS):
-        settings = _read_if_there(config)
-        upcoming = _read_if_there(_upcoming(config))
-        if settings is None and upcoming is None:
-            settings = read_json(config)  # for its error
-        tensors, metadata = load_with_metadata(weights)
-        mark = metadata.get(FINGERPRINT)
-        for found in (settings, upcoming):
-            if found is not None and mark is not None and _mark(found) == mark:
-                return found, tensors
-        if settings is not None and (mark is None or _mark(settings) is None):
-            return settings, tensors
-    raise CheckpointError(f"{config} and {weights.name} are from two different saves: save both "
-                          "again, or take both from the same copy")
+    pair = _read_pair(weights, config)
+    if pair is None:  # perhaps somebody is writing
+        with _locked(config.parent):
+            pair = _read_pair(weights, config)
+    if pair is None:
+        raise CheckpointError(f"{config} and {weights.name} are from two different saves: save "
+                              "both again, or take both from the same copy")
+    return pair
+
+
+def _read_pair(weights: Path, config: Path) -> tuple[Settings, Arrays] | None:
+    """Read both files; None if they are from two saves."""
+    settings, upcoming = _read_if_there(config), _read_if_there(_upcoming(config))
+    if settings is None and upcoming is None:
+        settings = read_json(config)  # for its error
+    tensors, metadata = load_with_metadata(weights)
+    mark = metadata.get(FINGERPRINT)
+    for found in (settings, upcoming):
+        if found is not None and mark is not None and _mark(found) == mark:
+            return found, tensors
+    if settings is not None and (mark is None or _mark(settings) is None):
+        return settings, tensors
+    return None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait until no other thread or process writes a pair to the folder, and keep them waiting."""
+    with _saving, contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system may have no locks
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # in forked processes, too
+        yield
 
 
 def _upcoming(config: Path) -> Path:
@@ -123,7 +157,8 @@ def results(folder: Path, record: str) -> Iterator[Path]:
 
     `record` is the file that describes the others: the old one is removed before they move, and
     the new one comes last. If the process is killed while they move, the next call moves the rest.
-    If an error ends the context, `folder` stays as it was.
+    If an error ends the context, `folder` stays as it was. Raises FileExistsError if something is
+    in the way of a file; then they wait in `folder`/.minilora-next for the next call.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _move_ready(folder, record)
@@ -141,11 +176,19 @@ def results(folder: Path, record: str) -> Iterator[Path]:
 def _move_ready(folder: Path, record: str) -> None:
     """Move results that are complete to their places."""
     ready = folder / READY
+    if not ready.is_dir():
+        return
     if (ready / record).exists():
-        (folder / record).unlink(missing_ok=True)
         files = [path for path in ready.rglob("*") if path.is_file() and path != ready / record]
-        for path in [*sorted(files), ready / record]:
-            place = folder / path.relative_to(ready)
+        files = [*sorted(files), ready / record]
+        places = {path: folder / path.relative_to(ready) for path in files}
+        for place in places.values():
+            above = [p for p in place.parents if folder in p.parents and p.exists()]
+            if place.is_dir() or not all(p.is_dir() and os.access(p, os.W_OK) for p in above):
+                raise FileExistsError(f"something is in the way of {place}: move it, and the next "
+                                      f"call puts there what is in {ready}")
+        (folder / record).unlink(missing_ok=True)
+        for path, place in places.items():
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
     shutil.rmtree(ready, ignore_errors=True)

@@ -257,7 +257,8 @@ def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[
         raise ValueError(f"steps must be 2 or more, got {settings.steps}")
     for rank in settings.ranks:  # find every mistake before the first long run
         prepare(settings, rank, seed=0)
-    check_writable(Path(out) / RESULT)
+    for name in (RESULT, *plots.COMPARISON):
+        check_writable(Path(out) / name)
     base = load_base(settings.base)
     data = Data.for_context(base.config.context_length)
     docs_base = evaluate(base, data.docs_held_out, settings.threads)

@@ -8,6 +8,7 @@ unmerging only has to forget it, and the base is the base again, bit for bit.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +78,11 @@ class Mergeable(Module):
         if self.is_trainable():
             raise RuntimeError(f"{self.title()} is merged: unmerge it before training")
         return self.merged_linear().backward(dout)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.merged:  # a copy's arrays are writable at first
+            self._switched(writeable=False)
 
     def _arrays(self) -> list[np.ndarray]:
         parameters = self.linear.weight, self.linear.bias, *self.task_parameters()

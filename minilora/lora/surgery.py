@@ -77,11 +77,13 @@ def check_tree(model: Module) -> None:
 
 
 def install(model: Module, modules: Mapping[str, Module]) -> None:
-    """Put each module in the place of its dotted name."""
+    """Put each module in the place of its dotted name. No backward fits an earlier forward."""
     for path, module in modules.items():
         parent_path, _, name = path.rpartition(".")
         parent = functools.reduce(getattr, filter(None, parent_path.split(".")), model)
         setattr(parent, name, module)
+    for _, module in model.named_modules():
+        module._cache = None
 
 
 def task_parameters(model: Module) -> dict[str, Parameter]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from minilora.lora.layer import LinearWithLoRA
 from minilora.lora.saved import ModuleToSave
@@ -47,16 +48,16 @@ def warn_of_rank(rank: int, linears: Iterable[Linear]) -> None:
                       stacklevel=3)
 
 
-def keeps(model: Module, target_modules: str | list[str] | None, wanted: tuple) -> bool:
+def keeps(model: Module, target_modules: str | list[str] | None, *wanted: Any) -> bool:
     """Return whether the adapted layers that match are frozen but for their adapters.
 
-    Warns if their (type, rank, alpha, scaling) are not the wanted ones.
+    Warns if their (type, rank, alpha, scaling, dropout) are not the wanted ones.
     """
     wrapped = wrappers(model)
     kept = {path: layer for path in _matching(model, target_modules)
             if isinstance(layer := wrapped.get(path), LinearWithLoRA)}
-    other = [path for path, layer in kept.items()
-             if (type(layer), layer.lora.rank, layer.lora.alpha, layer.lora.scaling) != wanted]
+    other = [path for path, layer in kept.items() if wanted != (
+        type(layer), layer.lora.rank, layer.lora.alpha, layer.lora.scaling, layer.dropout.p)]
     if other:
         more = f" (and {len(other) - 1} more)" if other[1:] else ""
         old = kept[other[0]].lora

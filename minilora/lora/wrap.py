@@ -39,8 +39,8 @@ def replace_linear_with_lora(
 
     Layers that are already wrapped are left alone, so repeating a call changes nothing, but it
     freezes their base again. All arguments are checked before anything is changed. Warns if a call
-    asks for another rank, alpha or kind and adds nothing, or for a rank above min(in, out) of every
-    target; in one narrow layer, such as a two-class head, that is hard to avoid.
+    adds nothing, but asks for other settings, and of a rank above min(in, out) of every target; in
+    one narrow layer, such as a two-class head, that is hard to avoid.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def replace_linear_with_lora(
     targets = {path: linear for path, linear in find_targets(model, target_modules).items()
                if not inside(path, saved)}
     rng, kind = make_rng(rng), DoRALinear if use_dora else LinearWithLoRA
-    if not targets and not saved and keeps(model, target_modules, (kind, rank, alpha, scaling)):
+    if not (targets or saved) and keeps(model, target_modules, kind, rank, alpha, scaling, dropout):
         return model
     warn_of_rank(rank, targets.values())
     new: dict[int, Module] = {}  # by id: a module in two places has one wrapper

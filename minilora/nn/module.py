@@ -71,7 +71,7 @@ class Module:
 
     A subclass defines `forward` and, right below it, `backward`. They follow three rules:
 
-    - `forward` stores what backward needs with `self._save(...)`;
+    - `forward` stores what backward needs with `self._save(...)`, and does not change it later;
     - `backward` takes it back with `self._take()`, so it works once for each forward;
     - `backward` adds to the `.grad` of the trainable parameters, returns the gradient of
       the input, and never changes `dout`.
@@ -97,18 +97,21 @@ class Module:
         return self.forward(*inputs)
 
     def _save(self, *values: Any) -> None:
+        thread = get_ident()
+        contested = self._cache is not None and self._seal[1] != thread  # not taken by another
         vars(self)["_cache"] = values  # bypasses __setattr__, which takes a microsecond
-        vars(self)["_seal"] = self.training, get_ident(), self._sample(values)
+        vars(self)["_seal"] = self.training, thread, contested, self._sample(values)
 
     def _take(self) -> tuple:
         values, vars(self)["_cache"] = self._cache, None
         if values is None:
             raise RuntimeError(f"{self.title()}: backward needs a forward just before it, "
                                "and works once for each forward")
-        training, thread, sample = self._seal
+        training, thread, contested, sample = self._seal
         if self.training and not training:
-            raise RuntimeError(f"{self.title()} was evaluated after the forward of this backward")
-        if thread != get_ident():
+            raise RuntimeError(f"{self.title()}: its last forward was in evaluation mode, and this "
+                               "backward is in training mode")
+        if contested and thread != get_ident():
             raise RuntimeError(f"{self.title()} is used in two threads: each needs its own model")
         if sample != self._sample(values):
             raise RuntimeError(f"an input or a weight of {self.title()} was changed in place "
@@ -127,7 +130,7 @@ class Module:
         for name, value in list(vars(self).items()):
             if isinstance(value, Module):
                 yield name, value
-            elif name[0] != "_" and hides(value, (Module, Parameter)):
+            elif name[0] != "_" and hides(value, (Module, Parameter), vars(self).values()):
                 raise TypeError(f"{type(self).__name__}.{name} hides modules or parameters in a "
                                 f"{type(value).__name__}, where they are not found: use a "
                                 "ModuleList")

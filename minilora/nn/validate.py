@@ -6,6 +6,7 @@ They are here so that the layers read like their equations. (Skip on first readi
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -62,12 +63,20 @@ def check_flag(**flags: Any) -> None:
             raise TypeError(f"{name} must be True or False, got {flag!r}")
 
 
-def hides(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Return whether a list, tuple, set or dict has an object of these kinds somewhere inside."""
+def hides(value: Any, kinds: tuple[type, ...], known: Iterable[Any]) -> bool:
+    """Return whether a container has an object of these kinds inside, other than known ones."""
     if not isinstance(value, (list, tuple, dict, set, frozenset)):
         return False
-    items = [*value, *value.values()] if isinstance(value, dict) else value
-    return any(isinstance(item, kinds) or hides(item, kinds) for item in items)
+    waiting, seen = [value], {id(thing) for thing in known if isinstance(thing, kinds)}
+    while waiting:
+        if id(item := waiting.pop()) not in seen:
+            seen.add(id(item))
+            if isinstance(item, kinds):
+                return True
+            if isinstance(item, (list, tuple, dict, set, frozenset)):
+                parts = [item, item.values()] if isinstance(item, dict) else [item]
+                waiting += [x for part in parts for x in itertools.islice(part, 1000)]
+    return False
 
 
 def last_numbers(array: np.ndarray) -> np.ndarray:

@@ -8,8 +8,33 @@ from typing import Any
 
 import numpy as np
 
+from minilora.nn.module import Module, Parameter
 
-def parameter_group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+
+def parameter_groups(parameters: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer; `Optimizer` says what they may be given as.
+
+    Raises ValueError or TypeError for an invalid setting or parameter.
+    """
+    if isinstance(parameters, (Parameter, Module, dict)):
+        raise TypeError("an optimizer takes an iterable of Parameters, got one "
+                        f"{type(parameters).__name__}")
+    groups = list(parameters)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    groups = [_group(group, defaults) for group in groups]
+    everything = [p for group in groups for p in group["params"]]
+    for p in everything:
+        if not isinstance(p, Parameter):
+            raise TypeError(f"an optimizer takes Parameters, got {type(p).__name__}")
+    if not everything:
+        raise ValueError("an optimizer needs at least one Parameter")
+    if len({id(p) for p in everything}) < len(everything):
+        raise ValueError("a Parameter is in the optimizer twice")
+    return groups
+
+
+def _group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     """Return one parameter group with the defaults filled in, checked."""
     if not isinstance(group, dict) or not isinstance(group.get("params"), Iterable):
         raise TypeError('a parameter group is a dict with an iterable of "params"')

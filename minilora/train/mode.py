@@ -19,17 +19,15 @@ def evaluating(*models: Module) -> Iterator[None]:
 
     So a backward after it is an error: it would use the wrong forward.
     """
-    modes = [(module, module.training) for model in models for _, module in model.named_modules()]
-    for model in models:
-        model.eval()
+    states = [vars(module) for model in models for _, module in model.named_modules()]
+    modes = [state.get("training", True) for state in states]
+    for state in states:  # not by setattr, since this is done for each token that is generated
+        state["training"] = False
     try:
         yield
     finally:
-        for model in models:
-            for _, module in model.named_modules():
-                module._cache = None
-        for module, mode in modes:
-            module.training = mode
+        for state, mode in zip(states, modes, strict=True):
+            state["training"], state["_cache"] = mode, None
 
 
 @contextlib.contextmanager

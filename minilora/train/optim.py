@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.nn.module import Module, Parameter
-from minilora.train.groups import parameter_group
+from minilora.nn.module import Parameter
+from minilora.train.groups import parameter_groups
 
 
 class Optimizer:
@@ -28,21 +28,7 @@ class Optimizer:
     """
 
     def __init__(self, parameters: Iterable[Any], **defaults: Any):
-        if isinstance(parameters, (Parameter, Module, dict)):
-            raise TypeError("an optimizer takes an iterable of Parameters, got one "
-                            f"{type(parameters).__name__}")
-        groups = list(parameters)
-        if groups and not isinstance(groups[0], dict):
-            groups = [{"params": groups}]
-        self.param_groups = [parameter_group(group, defaults) for group in groups]
-        everything = [p for group in self.param_groups for p in group["params"]]
-        for p in everything:
-            if not isinstance(p, Parameter):
-                raise TypeError(f"an optimizer takes Parameters, got {type(p).__name__}")
-        if not everything:
-            raise ValueError("an optimizer needs at least one Parameter")
-        if len({id(p) for p in everything}) < len(everything):
-            raise ValueError("a Parameter is in the optimizer twice")
+        self.param_groups = parameter_groups(parameters, defaults)
         self.state: dict[Parameter, list[np.ndarray]] = {}
 
     def zero_grad(self) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import itertools
 import os
 import sys
 import threading
@@ -20,7 +21,7 @@ from typing import Self
 import numpy as np
 
 from minilora.nn.functional import IGNORE_INDEX, cross_entropy
-from minilora.nn.module import M, Module
+from minilora.nn.module import M, Module, Parameter
 from minilora.nn.validate import check_sizes
 from minilora.train.blas import blas_threads
 from minilora.train.mode import evaluating
@@ -65,6 +66,30 @@ def replicate(model: M) -> M:
         if isinstance(getattr(module, "rng", None), np.random.Generator):
             vars(copied)["rng"] = module.rng.spawn(1)[0]  # so that all differ
     return twin
+
+
+def follow(twin: Module, model: Module) -> bool:
+    """Give a replica the arrays, the frozen state and the settings that the model has now.
+
+    Returns False if the two have not the same modules any more.
+    """
+    pairs = itertools.zip_longest(model.named_modules(), twin.named_modules(), fillvalue=("", None))
+    for (path, module), (name, copied) in pairs:
+        if path != name or type(module) is not type(copied):
+            return False
+        if getattr(module, "merged", False) != getattr(copied, "merged", False):
+            return False
+        mine = vars(copied)
+        for key, value in vars(module).items():
+            if isinstance(value, Parameter):
+                if not isinstance(mine.get(key), Parameter):
+                    return False
+                mine[key].data, mine[key].requires_grad = value.data, value.requires_grad
+            elif isinstance(value, (int, float, str, np.generic)) and key != "training":
+                mine[key] = value
+            elif value is None and mine.get(key) is not None and key != "_cache":
+                return False  # such as a bias that was removed
+    return True
 
 
 class DataParallel:
@@ -134,11 +159,11 @@ class DataParallel:
             self._resources.enter_context(blas_threads(1))
             most = max(threads, MOST_THREADS)
             self.pool = self._resources.enter_context(ThreadPoolExecutor(most))
-        while len(self.models) < threads:
-            self.models.append(replicate(self.models[0]))
-        for twin in self.models[1:threads]:
-            for p, q in zip(self.models[0].parameters(), twin.parameters(), strict=True):
-                q.data = p.data  # an optimizer may have put another array there
+        for i in range(1, threads):
+            if len(self.models) == i:
+                self.models.append(replicate(self.models[0]))
+            elif not follow(self.models[i], self.models[0]):
+                self.models[i] = replicate(self.models[0])
         return self.models[:threads]
 
 

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilora.files import safetensors
+from minilora.files import safetensors, settings
 from minilora.files.safetensors import (
+    check_writable,
     describe_safetensors,
     load_metadata,
     load_safetensors,
-    read_json,
     save_safetensors,
     write_atomically,
 )
+from minilora.files.settings import read_json
 from minilora.nn.validate import CheckpointError
 
 
@@ -251,6 +252,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 
 def test_a_header_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors, "MAX_HEADER", 100)
+    monkeypatch.setattr(settings, "MAX_HEADER", 100)
     with pytest.raises(ValueError, match="header of .* bytes is too large"):
         save_safetensors(tmp_path / "x", {"n" * 100: np.zeros(1)})
     assert not list(tmp_path.iterdir())
@@ -285,3 +287,38 @@ def test_sparse_terabytes_take_no_time_and_no_memory(tmp_path):
         load_safetensors(tmp_path / "zeros")
     with pytest.raises(CheckpointError, match="has more than"):
         read_json(tmp_path / "zeros")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for write in (lambda path: write_atomically(path, b"x"), check_writable):
+        with pytest.raises(FileExistsError, match="pipe is not a regular file to write"):
+            write(tmp_path / "pipe")
+    assert os.listdir(tmp_path) == ["pipe"] and not (tmp_path / "pipe").is_file()
+
+
+def test_a_link_stays_a_link(tmp_path):
+    write_atomically(tmp_path / "target", b"old")
+    (tmp_path / "link").symlink_to("target")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"new"
+
+
+def test_a_file_system_without_permissions_and_flushing(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "chmod", refuse)
+    for content in (b"old", b"new"):
+        write_atomically(tmp_path / "x", content)
+        assert (tmp_path / "x").read_bytes() == content
+
+    def broken(*_):
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="input/output error"):
+        write_atomically(tmp_path / "x", b"newest")
+    assert (tmp_path / "x").read_bytes() == b"new"

@@ -182,7 +182,7 @@ def test_a_kill_while_results_move_leaves_no_record_of_a_mixture(tmp_path, monke
     real, calls = os.replace, []
 
     def replace(source, target):
-        if Path(source).is_relative_to(tmp_path / ".next"):
+        if Path(source).is_relative_to(tmp_path / together.READY):
             calls.append(source)
         if len(calls) == step:
             raise Killed
@@ -197,6 +197,46 @@ def test_a_kill_while_results_move_leaves_no_record_of_a_mixture(tmp_path, monke
     with pytest.raises(Killed), results(tmp_path, "record"):
         raise Killed  # the next call begins by moving the rest
     assert read(tmp_path) == {"record": b"new", "deep/a": b"new", "b": b"new"}
+
+
+def test_what_is_in_the_way_of_results_costs_neither_the_old_ones_nor_the_new(tmp_path):
+    put(tmp_path, b"old")
+    (tmp_path / "c").mkdir()
+    for _ in range(2):
+        with pytest.raises(FileExistsError, match=f"is in the way of {tmp_path / 'c'}: move it"):
+            put(tmp_path, b"new", c=1)
+        assert (tmp_path / "record").read_bytes() == (tmp_path / "b").read_bytes() == b"old"
+    (tmp_path / "c").rmdir()
+    with pytest.raises(Killed), results(tmp_path, "record"):
+        raise Killed
+    assert set(read(tmp_path).values()) == {b"new"} and len(read(tmp_path)) == 4
+
+
+def test_folders_of_others_are_left_alone(tmp_path):
+    (tmp_path / ".next/cache").mkdir(parents=True)
+    put(tmp_path, b"new")
+    assert (tmp_path / ".next/cache").is_dir()
+
+
+def test_two_processes_that_save_one_pair(tmp_path):
+    code = """
+import sys
+import numpy as np
+from pathlib import Path
+from minilora.files.together import save_pair
+for i in range(15):
+    x = np.float32(100 * int(sys.argv[2]) + i)
+    save_pair(Path(sys.argv[1], "w"), {"x": x}, Path(sys.argv[1], "c"), {"x": float(x)})
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), n]) for n in "123"]
+    while not (tmp_path / "c").exists():
+        assert all(writer.poll() in (None, 0) for writer in writers)
+    while any(writer.poll() is None for writer in writers):
+        settings, tensors = load_pair(tmp_path / "w", tmp_path / "c")
+        assert tensors["x"] == settings["x"]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    settings, tensors = load_pair(tmp_path / "w", tmp_path / "c")
+    assert tensors["x"] == settings["x"] and sorted(os.listdir(tmp_path)) == ["c", "w"]
 
 
 def test_pairs_of_many_sizes_have_different_fingerprints(tmp_path):

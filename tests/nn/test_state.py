@@ -1,12 +1,15 @@
 """What changes between forward and backward is noticed, not computed with."""
 
-import threading
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from conftest import randomise, tiny_config
 
 import minilora as ml
+from minilora.data.generate import sample_tokens
 from minilora.lab.classify import predict
 from minilora.train.mode import evaluating
 
@@ -39,7 +42,7 @@ def test_evaluating_between_forward_and_backward(forward, ids, evaluate, mode):
         model.train(mode)
         model(ids)
     evaluate(model, ids[::-1])
-    with pytest.raises(RuntimeError, match="backward needs a forward|was evaluated after the for"):
+    with pytest.raises(RuntimeError, match="backward needs a forward|was in evaluation mode"):
         model.backward(dlogits)
     model(ids)
     model.backward(dlogits)
@@ -113,20 +116,66 @@ def test_numbers_that_are_not_finite_are_no_change(tiny_gpt, ids):
     assert np.isnan(tiny_gpt.h[0].attn.q_proj.weight.grad).all()
 
 
-def test_a_backward_in_another_thread_than_the_forward(forward):
+def in_a_thread(call):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def test_a_model_that_two_threads_use_at_once(forward, ids):
     model, dlogits = forward
-    errors = []
+    in_a_thread(lambda: model(ids[::-1]))
+    with pytest.raises(RuntimeError, match="is used in two threads: each needs its own model"):
+        model.backward(dlogits)
 
-    def run():
-        try:
-            model.backward(dlogits)
-        except RuntimeError as error:
-            errors.append(str(error))
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert len(errors) == 1 and "used in two threads" in errors[0]
+def test_threads_may_take_turns(forward, ids):
+    model, dlogits = forward
+    in_a_thread(lambda: model.backward(dlogits))
+    expected = model.h[0].attn.q_proj.lora.B.grad
+    model.zero_grad()
+    in_a_thread(lambda: model(ids))
+    model.backward(dlogits)
+    assert np.array_equal(model.h[0].attn.q_proj.lora.B.grad, expected)
+
+
+def test_two_texts_that_are_written_in_turn(forward, ids):
+    model, dlogits = forward
+    list(zip(sample_tokens(model, ids, 3), sample_tokens(model, ids, 3), strict=True))
+    assert all(module.training for _, module in model.named_modules())
+    tokens = sample_tokens(model, ids, 3)
+    next(tokens)
+    model(ids)
+    tokens.close()
+    model.backward(dlogits)
+
+
+def test_tasks_that_are_switched_between_forward_and_backward(ids):
+    tasks = ml.AdapterSet(ml.GPT(tiny_config()))
+    for name in "ab":
+        tasks.add(name, rank=2, alpha=4)
+    tasks.set_active("a")
+    _, dlogits = ml.cross_entropy(tasks.model(ids), ids)
+    tasks.set_active("b")
+    tasks.model(ids[::-1])
+    tasks.set_active("a")
+    with pytest.raises(RuntimeError, match="backward needs a forward just before it"):
+        tasks.model.backward(dlogits)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy,
+                                    lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_of_a_merged_layer_is_read_only_too(copied):
+    layer = ml.LinearWithLoRA(ml.Linear(3, 3, rng=0), 2, 4, rng=0)
+    layer.merge()
+    twin, x = copied(layer), np.ones((2, 3), np.float32)
+    assert np.array_equal(twin(x), layer(x))
+    for name in ("linear.weight", "lora.A", "lora.B"):
+        with pytest.raises(ValueError, match="read-only"):
+            dict(twin.named_parameters())[name].data[...] = 0
+    if copied is not copy.copy:
+        twin.unmerge()
+        twin.lora.B.data[...] = 1
+        assert not np.array_equal(twin(x), layer(x))
 
 
 def test_the_first_gradient_is_a_copy():
@@ -150,6 +199,19 @@ def test_modules_in_containers_are_noticed_however_deep(hidden):
 
     with pytest.raises(TypeError, match="Net.layers hides modules or parameters in a"):
         Net()
+
+
+def test_what_is_known_anyway_may_be_in_a_container_too():
+    class Net(ml.Module):
+        def __init__(self):
+            self.fc = ml.Linear(2, 2)
+            self.order = [self.fc, {"again": self.fc}]
+            self.words = [str(i) for i in range(100_000)]
+            self.words.append(self.words)
+            self.itself = {}
+            self.itself["itself"] = self.itself
+
+    assert [name for name, _ in Net().named_parameters()] == ["fc.weight", "fc.bias"]
 
 
 def test_modules_in_a_list_that_is_filled_later():

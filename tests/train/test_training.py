@@ -371,3 +371,36 @@ def test_a_model_is_trained_by_one_fit_at_a_time(rng):
     end.set()
     thread.join()
     assert ml.fit(model, [batch], ml.SGD(model.parameters()), 1, progress=False).steps == [0]
+
+
+def merged(model):
+    ml.merge_lora(ml.replace_linear_with_lora(model, 2, 4, "k_proj", rng=0)).freeze()
+    model.h[0].ln_1.unfreeze()
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.unfreeze(),
+    lambda model: (model.freeze(), model.h[1].unfreeze()),
+    lambda model: setattr(model.h[1].ln_1, "eps", 0.5),
+    lambda model: setattr(model.h[1].mlp, "up_proj", ml.Linear(8, 32, rng=5)),
+    lambda model: setattr(model.h[0].attn.q_proj, "bias", None),
+    lambda model: merged(model),
+])
+def test_a_model_that_is_changed_during_a_run(rng, change):
+    """Replicas follow: two threads give what one gives."""
+    ids, targets = rng.integers(0, 11, (2, 4, 6))
+    found = []
+    for threads in (1, 2):
+        model = ml.GPT(tiny_config())
+        model.wte.freeze(), model.h[0].freeze()
+        with DataParallel(model, threads) as parallel:
+            parallel.loss_and_gradients(ids, targets)
+            model.zero_grad()
+            change(model)
+            loss = parallel.loss_and_gradients(ids, targets)
+            evaluated = parallel.mean_loss([(ids, targets)] * 2)
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+                     | {"loss": loss, "evaluated": evaluated})
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        np.testing.assert_allclose(found[1][name], expected, atol=1e-6, err_msg=name)
