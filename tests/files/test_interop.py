@@ -47,10 +47,70 @@ def test_hugging_face_files_of_other_kinds(tmp_path, ids):
             from_hf_gpt2(tmp_path)
 
 
+def test_the_config_is_one_of_transformers(tmp_path):
+    to_hf_gpt2(ml.GPT(tiny_config(tie_weights=True, dropout=0.1, layer_norm_eps=1e-4)), tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["auto_mapping"]  # our fingerprint
+    assert settings == {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 11,
+        "n_positions": 6, "n_embd": 8, "n_layer": 2, "n_head": 2, "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-4, "tie_word_embeddings": True, "resid_pdrop": 0.1,
+        "embd_pdrop": 0.1, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None,
+    }
+
+
+def test_a_classifier_of_transformers(tmp_path, ids):
+    model = randomise(ml.GPT(tiny_config(tie_weights=True), rng=0))
+    to_hf_gpt2(model, tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors, score = load_safetensors(path), np.arange(24.0, dtype=np.float32).reshape(3, 8)
+    save_safetensors(path, tensors | {"score.weight": score})
+    model.lm_head = ml.Linear(8, 3, bias=False)
+    model.lm_head.weight.data[...] = score.T
+    again = from_hf_gpt2(tmp_path)
+    np.testing.assert_array_equal(again(ids), model(ids))
+    assert again.lm_head.weight.data.dtype == np.float32 and again.lm_head.bias is None
+    assert from_hf_gpt2(tmp_path, np.float64)(ids).dtype == np.float64
+    for bad in (score[:, :7], score[0]):
+        save_safetensors(path, tensors | {"score.weight": bad})
+        with pytest.raises(CheckpointError, match=r"score.weight has shape .*, not \(classes, d\)"):
+            from_hf_gpt2(tmp_path)
+
+
+def test_the_stored_head_decides_whether_it_is_tied(tmp_path, ids):
+    model = randomise(ml.GPT(tiny_config(tie_weights=True), rng=0))
+    to_hf_gpt2(model, tmp_path)
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    settings, tensors = json.loads(config.read_text()), load_safetensors(path)
+    wte = tensors["transformer.wte.weight"]
+    for head, setting, tied in ((wte, {}, True), (2 * wte, {}, False),
+                                (wte, {"tie_word_embeddings": False}, False)):
+        save_safetensors(path, {"lm_head.weight": head} | tensors)
+        config.write_text(json.dumps(settings | setting))
+        again = from_hf_gpt2(tmp_path)
+        assert again.config.tie_weights is tied
+        factor = 1 if head is wte else 2
+        np.testing.assert_allclose(again(ids), factor * model(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_settings_of_transformers_that_are_missing_have_its_defaults(tmp_path):
+    config = tiny_config(tie_weights=True)
+    to_hf_gpt2(ml.GPT(config), tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text()) | {"n_inner": 32}
+    for key in ("tie_word_embeddings", "layer_norm_epsilon", "activation_function"):
+        del settings[key]
+    path.write_text(json.dumps(settings))
+    assert from_hf_gpt2(tmp_path).config == config
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_type": "llama"}, "model_type = 'llama'"), ({"n_inner": 7}, "n_inner = 7"),
+        ({"scale_attn_weights": False}, "scale_attn_weights = False is not supported"),
+        ({"add_cross_attention": True}, "add_cross_attention = True"),
+        ({"n_inner": 8}, "n_inner = 8"), ({"n_inner": 7}, "n_inner = 7"),
+        ({"model_type": "llama"}, "model_type = 'llama'"),
         ({"activation_function": "relu"}, "activation_function = 'relu'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
         ({"n_head": 3}, "n_heads must divide"), ({"vocab_size": "x"}, "vocab_size"),

@@ -176,6 +176,56 @@ def test_embeddings_that_are_tied_to_the_head(tmp_path, ids, save):
     assert not np.allclose(apart(ids), model(ids))
 
 
+@pytest.mark.parametrize("save, names, fan_in_fan_out, task_type", [
+    (save_adapter, ["h.0.attn.q_proj", "h.0.mlp.up_proj"], False, None),
+    (save_peft, ["transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc"], True, "CAUSAL_LM"),
+])
+def test_all_that_is_written(tmp_path, save, names, fan_in_fan_out, task_type):
+    model = task(model=ml.GPT(tiny_config(n_layers=1)), targets=["q_proj", "up_proj"], alpha=8,
+                 dropout=0.25, modules_to_save=["ln_f"])
+    save(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["auto_mapping"]  # our fingerprint
+    norm = "transformer.ln_f" if save is save_peft else "ln_f"
+    assert config == {
+        "peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True, "r": 2,
+        "lora_alpha": 8.0, "use_rslora": False, "use_dora": False, "rank_pattern": {},
+        "alpha_pattern": {}, "lora_dropout": 0.25, "target_modules": names,
+        "modules_to_save": [norm], "bias": "none", "fan_in_fan_out": fan_in_fan_out,
+        "task_type": task_type,
+    }
+    tensors = load_safetensors(tmp_path / "adapter_model.safetensors")
+    assert {array.dtype for array in tensors.values()} == {np.dtype(np.float32)}
+    outputs = 8 if save is save_adapter else 24
+    assert {n.removeprefix("base_model.model."): a.shape for n, a in tensors.items()} == {
+        f"{names[0]}.lora_A.weight": (2, 8), f"{names[0]}.lora_B.weight": (outputs, 2),
+        f"{names[1]}.lora_A.weight": (2, 8), f"{names[1]}.lora_B.weight": (32, 2),
+        f"{norm}.weight": (8,), f"{norm}.bias": (8,),
+    }
+
+
+def test_a_classifier_and_an_alpha_of_zero_can_be_fused(tmp_path, ids):
+    model = ml.replace_linear_with_lora(ml.GPT(tiny_config()), 2, 0, "q_proj", rng=0)
+    model.lm_head = ml.Linear(8, 3, bias=False, rng=1)
+    task(model=model, targets="v_proj")
+    save_peft(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    again = load_adapter(ml.GPT(tiny_config()), tmp_path)
+    np.testing.assert_allclose(again(ids), model(ids), atol=1e-6)
+
+
+def test_a_fused_dora_layer_has_the_magnitudes_of_the_base_where_it_has_no_adapter(tmp_path):
+    model = task(targets=["q_proj", "v_proj"], use_dora=True)
+    attn = model.h[0].attn
+    attn.q_proj.magnitude.data *= 2.0
+    save_peft(model, tmp_path)
+    name = "base_model.model.transformer.h.0.attn.c_attn.lora_magnitude_vector"
+    magnitude = load_safetensors(tmp_path / "adapter_model.safetensors")[name]
+    parts = (attn.q_proj.magnitude.data, np.linalg.norm(attn.k_proj.weight.data, axis=0),
+             attn.v_proj.magnitude.data)
+    np.testing.assert_allclose(magnitude, np.concatenate(parts), rtol=1e-6)
+
+
 def test_an_adapter_described(tmp_path):
     linears = ml.Linear(4, 3, rng=0), ml.Linear(3, 2, rng=1), ml.Linear(2, 2, bias=False, rng=2)
     model = ml.Sequential(*linears)

@@ -186,6 +186,16 @@ def test_whoever_reads_the_old_file_can_read_on(tmp_path):
     assert path.read_bytes() == b"new" and (tmp_path / "open elsewhere").read_bytes() == b"old"
 
 
+def test_what_could_be_written_is_known_without_writing_it(tmp_path):
+    check_writable(tmp_path / "deep" / "x")
+    assert list((tmp_path / "deep").iterdir()) == []
+    with pytest.raises(IsADirectoryError):
+        check_writable(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        check_writable(tmp_path / "file" / "x")
+
+
 def test_two_threads_that_save_to_one_path_do_not_mix_their_bytes(tmp_path):
     path, rounds = tmp_path / "x", 30
     contents = [bytes([i]) * 200_000 for i in range(4)]
@@ -264,10 +274,10 @@ def test_a_header_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
 def test_a_file_described(tmp_path):
     path = tmp_path / "x"
     tensors = {"w": np.zeros((1000, 3), np.float32), "b\n": np.int8(0)}
-    save_safetensors(path, tensors, {"k": "v", "a\r": "\x1b[0m"})
+    save_safetensors(path, tensors, {"k": "vä", "a\r": "\x1b[0m"})
     assert describe_safetensors(path).splitlines() == [
         f"safetensors file: 2 arrays, 3,001 numbers, {path.stat().st_size:,} bytes",
-        "k: v", r"a\r: \x1b[0m", "  w: (1000, 3) float32", r"  b\n: () int8",
+        "k: vä", r"a\r: \x1b[0m", "  w: (1000, 3) float32", r"  b\n: () int8",
     ]
     path = file_of(tmp_path, {"x": entry("BF16", (3,), (0, 6))}, b"123456")
     assert describe_safetensors(path).endswith(" 3 numbers, 76 bytes\n  x: (3,) bfloat16")

@@ -100,6 +100,8 @@ def test_rows_with_heads_of_their_own(ids):
         tasks.set_active(name)
         assert np.allclose(got, tasks.model(row[None])[0], atol=1e-5)
     tasks.set_active("heads1")
+    alone = tasks(ids, ["heads1"] * 3)
+    assert alone.dtype == np.float32 and np.allclose(alone, tasks.model(ids), atol=1e-5)
     with pytest.raises(ValueError, match="heads differ in width"):
         tasks(ids, ["heads1", "heads2", "heads3"])
     with pytest.raises(ValueError, match="heads differ in width"):

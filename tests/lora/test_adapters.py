@@ -199,8 +199,13 @@ def test_extraction_says_what_it_leaves_out():
         ml.extract_lora(base(), task(), 1)
     with pytest.raises(ValueError, match="differ in their parameters"):
         ml.extract_lora(base(), base(n_layers=1), 1)
-    with pytest.raises(ValueError, match="rank must be 1 or more"):
+    with pytest.raises(ValueError, match="^extract_lora: rank must be 1 or more"):
         ml.extract_lora(base(), base(), 0)
+    odd = base()
+    odd.lm_head.weight.data[0, 0] = np.nan
+    for models in ((base(), odd), (odd, base())):
+        with pytest.raises(ValueError, match="lm_head.weight has nan or inf in one of the models"):
+            ml.extract_lora(*models, 1)
 
 
 def test_what_cannot_be_combined():
@@ -211,12 +216,12 @@ def test_what_cannot_be_combined():
         (lambda: ml.weighted_sum([one, two], [1.0]), "2 adapters need as many weights"),
         (lambda: ml.weighted_sum([], []), "0 adapters"),
         (lambda: ml.weighted_sum([one], [float("nan")]), "weights must be finite"),
-        (lambda: ml.weighted_sum([one, two], [1, 1], "linear"), r"ranks \[2, 3\] cannot be added"),
+        (lambda: ml.weighted_sum([one, two], [1, 1], "linear"), "h.0.attn.q_proj: fac"),
         (lambda: ml.weighted_sum([one], [1], "svd"), "must be cat or linear"),
         (lambda: ml.weighted_sum([dora], [1]), "cannot be added up"),
         (lambda: ml.weighted_sum([headed], [1]), "cannot be added up"),
         (lambda: ml.compress(dora, 1), "cannot be compressed"),
-        (lambda: ml.compress(one, 0), "rank must be 1 or more"),
+        (lambda: ml.compress(one, 0), "^compress: rank must be 1 or more"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()

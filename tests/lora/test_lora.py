@@ -110,6 +110,17 @@ def test_a_rank_that_is_too_large_is_warned_of():
         ml.replace_linear_with_lora(ml.GPT(tiny_config()), 8, 8)
 
 
+def test_a_call_for_another_adapter_says_which_stays():
+    model = adapted(2, 4, target_modules="h.0.attn.q_proj")
+    ml.replace_linear_with_lora(model, 3, 9, "h.0.attn.v_proj")
+    kept = "has an adapter already, of rank 2 and alpha 4, and keeps it"
+    for targets, text in (("h.0.attn.q_proj", f"h.0.attn.q_proj {kept}"),
+                          ("h.0.attn.[qv]_proj", f"h.0.attn.q_proj (and 1 more) {kept}")):
+        with pytest.warns(UserWarning) as found:
+            ml.replace_linear_with_lora(model, 5, 1, targets)
+        assert str(found[0].message).startswith(text)
+
+
 def test_warnings_point_at_the_call():
     model, tuned = adapted(target_modules="q_proj"), ml.GPT(tiny_config(), rng=1)
     for call in (lambda: ml.replace_linear_with_lora(ml.GPT(tiny_config()), 12, 9),
@@ -378,6 +389,16 @@ def test_a_task_that_changes_while_merged_is_noticed(ids, use_dora):
     assert np.array_equal(model(ids), before[0])
     ml.unmerge_lora(model).load_state_dict(task, strict=False)
     assert all(p.data.flags.writeable for p in model.parameters())
+
+
+def test_errors_of_merging_name_the_layer():
+    layer = ml.LinearWithLoRA(ml.Linear(3, 2), 2, 4)
+    title = r"^LinearWithLoRA around Linear\(in_features=3, out_features=2\)"
+    with pytest.raises(RuntimeError, match=f"{title} is not merged"):
+        layer.unmerge()
+    layer.merge()
+    with pytest.raises(RuntimeError, match=f"{title} is merged already"):
+        layer.merge()
 
 
 def test_merging_for_good_leaves_a_plain_model(tmp_path, ids):
