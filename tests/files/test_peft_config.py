@@ -5,6 +5,7 @@ from conftest import tiny_config
 from helpers_adapters import task
 
 import minilora as ml
+from minilora.files.peft_config import stored_whole, targeted
 from minilora.files.peft_read import load_adapter
 from minilora.files.peft_write import save_adapter, save_peft
 from minilora.files.safetensors import load_safetensors, save_safetensors
@@ -72,6 +73,44 @@ def test_a_pattern_has_at_most_20000_characters(tmp_path):
     path.write_text(json.dumps(config | {"rank_pattern": {"x" * 20_001: 5}}))
     with pytest.raises(CheckpointError, match="rank_pattern must be regular expressions"):
         load_adapter(ml.GPT(tiny_config()), tmp_path)
+
+
+NAMES = ["t.h.0.q", "t.h.0.xq", "t.h.1.q", "t.e.1.h.2.q", "lm_head", "score", "t.lm_head"]
+
+
+@pytest.mark.parametrize("settings, chosen", [
+    ({"target_modules": ["q"]}, ["t.h.0.q", "t.h.1.q", "t.e.1.h.2.q"]),
+    ({"target_modules": ["0.q", "t.h.1.q"]}, ["t.h.0.q", "t.h.1.q"]),
+    ({"target_modules": r"t\.h\.\d.*"}, ["t.h.0.q", "t.h.0.xq", "t.h.1.q"]),
+    ({"target_modules": "ALL-linear"}, [n for n in NAMES if n not in ("lm_head", "score")]),
+    ({"target_modules": "all-linear", "exclude_modules": ["q"]}, ["t.h.0.xq", "t.lm_head"]),
+    ({"target_modules": "all-linear", "exclude_modules": ".*q"}, ["t.lm_head"]),
+    ({"target_modules": "all-linear", "modules_to_save": ["h.0", "head"]}, [
+        "t.h.1.q", "t.e.1.h.2.q"]),
+    ({"target_modules": ["q"], "layers_to_transform": 1}, ["t.h.1.q", "t.e.1.h.2.q"]),
+    ({"target_modules": ["q"], "layers_to_transform": [0, 2]}, ["t.h.0.q"]),
+    ({"target_modules": ["q"], "layers_to_transform": []}, ["t.h.0.q", "t.h.1.q", "t.e.1.h.2.q"]),
+    ({"target_modules": ["q"], "layers_to_transform": [0, 2], "layers_pattern": "h"}, [
+        "t.h.0.q", "t.e.1.h.2.q"]),
+    ({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": ["e", "h"]}, [
+        "t.h.1.q", "t.e.1.h.2.q"]),
+    ({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": ["x"]}, []),
+    ({"target_modules": ["t.h.0.q"], "layers_to_transform": 1}, ["t.h.0.q"]),
+])
+def test_the_layers_that_peft_would_adapt(settings, chosen):
+    assert [name for name in NAMES if targeted(settings, name)] == chosen
+
+
+@pytest.mark.parametrize("bias, module, kind, adapted, stored", [
+    ("none", "h.0", "bias", True, False), ("all", "h.0", "bias", False, True),
+    ("all", "h.0", "weight", True, False), ("lora_only", "h.0", "bias", True, True),
+    ("lora_only", "h.0", "bias", False, False), ("lora_only", "h.0", "weight", True, False),
+    ("none", "head", "weight", False, True), ("none", "head.inner", "bias", False, True),
+    ("none", "a.head", "weight", False, True), ("none", "head_2", "weight", False, False),
+])
+def test_the_parameters_that_peft_would_store_whole(bias, module, kind, adapted, stored):
+    config = {"bias": bias, "modules_to_save": ["head"]}
+    assert stored_whole(config, module, kind, adapted) is stored
 
 
 def test_config_and_factors_that_disagree_with_the_model(tmp_path):

@@ -186,6 +186,33 @@ def test_whoever_reads_the_old_file_can_read_on(tmp_path):
     assert path.read_bytes() == b"new" and (tmp_path / "open elsewhere").read_bytes() == b"old"
 
 
+def test_only_what_a_process_left_that_is_gone_is_removed(tmp_path, monkeypatch):
+    def left(pid):
+        return tmp_path / f".minilora-{safetensors.HOST}-{pid}-0.tmp"
+
+    gone, kept = left(99_999_999), [left(os.getpid()), left("x1"), left("9" * 30)]
+    for path in kept:
+        path.touch()
+    gone.mkdir()
+    (gone / "file").touch()
+    left(99_999_998).touch()
+    write_atomically(tmp_path / "x", b"")
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "x"])
+    left(1).touch()
+
+    def refuse(pid, signal):
+        assert signal == 0, "anything else could end the process"
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    write_atomically(tmp_path / "x", b"")
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "name", "not posix")
+    gone.touch()
+    write_atomically(tmp_path / "x", b"")
+    assert left(1).exists() and gone.exists()
+
+
 def test_what_could_be_written_is_known_without_writing_it(tmp_path):
     check_writable(tmp_path / "deep" / "x")
     assert list((tmp_path / "deep").iterdir()) == []

@@ -97,6 +97,11 @@ def test_what_does_not_fit_is_listed_and_changes_nothing():
     odd = ml.Adapter(adapter.layers, head)
     with pytest.raises(CheckpointError, match="comes with other parameters"):
         ml.attach(base(), odd)
+    for odd, shape in (({"bias": np.ones(2)}, "None"), ({"weight": np.ones(8)}, r"\(8,\)"),
+                       ({"weight": np.ones((8, 2, 2))}, r"\(8, 2, 2\)")):
+        head = {f"lm_head.{name}": array for name, array in odd.items()}
+        with pytest.raises(CheckpointError, match=f"lm_head should be .* 8 rows, got {shape}"):
+            ml.attach(base(), ml.Adapter(adapter.layers, head))
     with pytest.raises(TypeError, match="bare Linear"):
         ml.attach(ml.Linear(8, 8), adapter)
 

@@ -391,6 +391,13 @@ def test_a_task_that_changes_while_merged_is_noticed(ids, use_dora):
     assert all(p.data.flags.writeable for p in model.parameters())
 
 
+def test_what_a_layer_becomes_is_frozen_and_shares_the_bias():
+    layer = randomise(ml.LinearWithLoRA(ml.Linear(3, 2), 2, 4))
+    linear = layer.to_linear()
+    assert [p.requires_grad for p in linear.parameters()] == [False, False]
+    assert linear.bias is layer.linear.bias and linear.weight is not layer.linear.weight
+
+
 def test_errors_of_merging_name_the_layer():
     layer = ml.LinearWithLoRA(ml.Linear(3, 2), 2, 4)
     title = r"^LinearWithLoRA around Linear\(in_features=3, out_features=2\)"
