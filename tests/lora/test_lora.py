@@ -604,6 +604,8 @@ def test_a_module_saved_whole_hides_what_is_in_it(tiny_gpt):
     assert {n for n, _ in lora_layers(tiny_gpt)} == {
         *(f"h.1.attn.{x}_proj" for x in "qkvo"), "lm_head"
     }
+    with pytest.raises(ValueError, match="'h.0.mlp' fits no module"):
+        ml.replace_linear_with_lora(tiny_gpt, 2, 4, modules_to_save="h.0.mlp")
 
 
 def test_a_linear_that_keeps_its_output_is_not_written_to(rng):
