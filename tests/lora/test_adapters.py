@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import randomise
+from conftest import randomise, tiny_config
 from helpers_adapters import base, close, task, updates
 
 import minilora as ml
@@ -104,6 +104,20 @@ def test_what_does_not_fit_is_listed_and_changes_nothing():
             ml.attach(base(), ml.Adapter(adapter.layers, head))
     with pytest.raises(TypeError, match="bare Linear"):
         ml.attach(ml.Linear(8, 8), adapter)
+
+
+@pytest.mark.parametrize("dtypes", [(np.float32, np.float64), (np.float64, np.float32)])
+def test_what_is_attached_has_the_precision_of_the_model(dtypes):
+    first, second = dtypes
+    one = task(model=ml.GPT(tiny_config(), dtype=first), use_dora=True, modules_to_save="ln_f")
+    model = ml.attach(ml.GPT(tiny_config(), dtype=second), ml.get_adapter(one))
+    assert {p.data.dtype for p in model.parameters()} == {np.dtype(second)}
+
+
+def test_attaching_twice_gives_the_same_dropout(ids):
+    adapter = ml.get_adapter(task(dropout=0.5))
+    one, two = (ml.attach(base(), adapter).train()(ids) for _ in range(2))
+    assert np.array_equal(one, two) and not np.allclose(one, ml.attach(base(), adapter).eval()(ids))
 
 
 def test_base_modules_see_through_every_wrapper():

@@ -398,8 +398,13 @@ def test_what_a_layer_becomes_is_frozen_and_shares_the_bias():
     assert linear.bias is layer.linear.bias and linear.weight is not layer.linear.weight
 
 
-def test_errors_of_merging_name_the_layer():
+def test_a_frozen_layer_that_is_merged_passes_gradients_down_and_errors_name_it():
     layer = ml.LinearWithLoRA(ml.Linear(3, 2), 2, 4)
+    x, dout = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+    randomise(layer).freeze().merge()
+    layer(x)
+    np.testing.assert_allclose(layer.backward(dout), dout @ layer.to_linear().weight.data.T)
+    layer.unmerge()
     title = r"^LinearWithLoRA around Linear\(in_features=3, out_features=2\)"
     with pytest.raises(RuntimeError, match=f"{title} is not merged"):
         layer.unmerge()
