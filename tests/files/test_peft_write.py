@@ -34,6 +34,12 @@ def test_the_layout_is_pefts(tmp_path):
     assert len(tensors) == 4
 
 
+def test_alpha_is_written_as_it_is(tmp_path):
+    assert 0.9 / 3 * 3 != 0.9
+    save_adapter(task(rank=3, alpha=0.9, targets="q_proj"), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 0.9
+
+
 def test_hyperparameters_may_be_numpy_numbers(tmp_path):
     model = ml.GPT(tiny_config())
     ml.replace_linear_with_lora(model, np.int64(2), np.float32(4))
