@@ -21,7 +21,7 @@ from minilora.nn.validate import CheckpointError
         ({"lora_alpha": "8"}, "lora_alpha must be a finite number, got 8$"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_dropout": 1.5}, "lora_dropout must be in 0..1, got 1.5$"),
-        ({"use_dora": True}, "no lora_magnitude_vector"),
+        ({"use_dora": True}, r"no lora_magnitude_vector \(use_dora is set\)"),
         ({"bias": "all"}, "there are h.0.ln_1.bias"), ({"bias": "some"}, "bias = 'some'"),
         ({"modules_to_save": ["x"]}, "none of modules_to_save"),
         ({"lora_alpha": 10**400}, "lora_alpha"),
@@ -60,8 +60,9 @@ def test_configurations_that_cannot_be_honoured(tmp_path, change, words):
     save_adapter(task(), tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=words) as error:
         load_adapter(ml.GPT(tiny_config()), tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_a_pattern_has_at_most_20000_characters(tmp_path):

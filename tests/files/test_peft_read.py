@@ -101,7 +101,7 @@ def test_damaged_files(tmp_path):
     tensors = load_safetensors(weights)
     a, b = list(tensors)[:2]
     for bad, words in [
-        ({a: tensors[a]}, "has no lora_B"), ({}, "holds no LoRA factors"),
+        ({a: tensors[a]}, "has no lora_B$"), ({}, "holds no LoRA factors"),
         (tensors | {a.removeprefix("base_model.model."): tensors[a]}, "appears twice"),
         (tensors | {"extra": np.zeros(2)}, "extra is neither lora_A"),
         (tensors | {a: np.zeros(2)}, "must be a matrix"),

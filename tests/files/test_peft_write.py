@@ -210,6 +210,21 @@ def test_all_that_is_written(tmp_path, save, names, fan_in_fan_out, task_type):
     }
 
 
+@pytest.mark.parametrize("elsewhere, setting", [(False, "lora_only"), (True, "all")])
+def test_biases_have_pefts_names(tmp_path, elsewhere, setting):
+    model = task(targets="q_proj")
+    model.h[0].attn.q_proj.linear.bias.requires_grad = True
+    model.h[1].attn.q_proj.linear.bias.requires_grad = True
+    model.h[0].ln_1.bias.requires_grad = elsewhere
+    save_adapter(model, tmp_path)
+    names = load_safetensors(tmp_path / "adapter_model.safetensors")
+    biases = {name for name in names if name.endswith(".bias")}
+    assert biases >= {f"base_model.model.h.{i}.attn.q_proj.base_layer.bias" for i in range(2)}
+    assert len(biases) == (2 * 8 + 1 if elsewhere else 2)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["bias"], config["modules_to_save"]) == (setting, None)
+
+
 def test_a_classifier_and_an_alpha_of_zero_can_be_fused(tmp_path, ids):
     model = ml.replace_linear_with_lora(ml.GPT(tiny_config()), 2, 0, "q_proj", rng=0)
     model.lm_head = ml.Linear(8, 3, bias=False, rng=1)
