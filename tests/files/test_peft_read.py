@@ -104,7 +104,9 @@ def test_damaged_files(tmp_path):
         ({a: tensors[a]}, "has no lora_B$"), ({}, "holds no LoRA factors"),
         (tensors | {a.removeprefix("base_model.model."): tensors[a]}, "appears twice"),
         (tensors | {"extra": np.zeros(2)}, "extra is neither lora_A"),
-        (tensors | {a: np.zeros(2)}, "must be a matrix"),
+        (tensors | {a: np.zeros(2)}, "must be a matrix of floating-point numbers, got"),
+        (tensors | {"extra": np.zeros((2, 2, 2))}, "extra must be a matrix or a vector of fl"),
+        (tensors | {"h.0.ln_1.base_layer.weight": np.zeros(8)}, "base_layer.weight is neither"),
         (tensors | {b: np.zeros((8, 2), int)}, "floating-point"),
     ]:
         save_safetensors(weights, bad)
@@ -122,7 +124,7 @@ def test_several_adapters_in_one_file(tmp_path):
     tensors = load_safetensors(weights)
     twice = {name.replace("lora_A.", "lora_A.other."): array for name, array in tensors.items()}
     save_safetensors(weights, tensors | twice)
-    with pytest.raises(CheckpointError, match="holds several adapters"):
+    with pytest.raises(CheckpointError, match="holds several adapters: None, other$"):
         load_adapter(ml.GPT(tiny_config()), tmp_path)
     a, b = list(tensors)[:2]
     save_safetensors(weights, {a.replace("lora_A", "lora_A.x"): tensors[a], b: tensors[b]})

@@ -168,12 +168,21 @@ def test_embeddings_that_are_tied_to_the_head(tmp_path, ids, save):
     save(model, tmp_path)
     again = load_adapter(ml.GPT(tiny_config(tie_weights=True)), tmp_path)
     assert np.array_equal(again(ids), model(ids)) and isinstance(again.lm_head, ml.TiedHead)
+    config = tmp_path / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"modules_to_save": ["wte"]}))
+    with pytest.raises(CheckpointError, match="lm_head.weight is neither lora_A.weight nor"):
+        load_adapter(ml.GPT(tiny_config(tie_weights=True)), tmp_path)
+    config.write_text(json.dumps(
+        settings | {"modules_to_save": ["wte"], "ensure_weight_tying": True}))
+    again = load_adapter(ml.GPT(tiny_config(tie_weights=True)), tmp_path)
+    assert np.array_equal(again(ids), model(ids))
+    config.write_text(json.dumps(settings))
     tensors = load_safetensors(tmp_path / "adapter_model.safetensors")
     tensors.pop("base_model.model.lm_head.weight")
     save_safetensors(tmp_path / "adapter_model.safetensors", tensors)
     with pytest.raises(CheckpointError, match="says that there are lm_head.weight"):
         load_adapter(ml.GPT(tiny_config(tie_weights=True)), tmp_path)
-    config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"modules_to_save": ["wte"]}))
     apart = load_adapter(ml.GPT(tiny_config(tie_weights=True)), tmp_path)
     old = ml.GPT(tiny_config(tie_weights=True)).wte.weight.data
