@@ -37,6 +37,7 @@ from minilora.nn.validate import CheckpointError
         ({"target_modules": None}, "target_modules must be given"),
         ({"target_modules": ["q_proj"]}, "does not fit h.0.attn.k_proj"),
         ({"exclude_modules": ["k_proj"]}, "does not fit h.0.attn.k_proj"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform must be"),
         ({"layers_to_transform": "0"},
          "layers_to_transform must be a number or a list of numbers, got 0$"),
         ({"layers_to_transform": 1, "layers_pattern": "h", "target_modules": [

@@ -92,6 +92,12 @@ def test_what_was_adapted_before_and_is_not_now_is_the_base_again(tmp_path):
     assert set(ml.lora_state_dict(model)) == set(ml.lora_state_dict(task(targets="q_proj")))
 
 
+def test_a_tied_head_cannot_be_adapted(tmp_path):
+    save_adapter(task(targets="lm_head"), tmp_path)
+    with pytest.raises(CheckpointError, match="lm_head is a target, but the head of this model is"):
+        load_adapter(ml.GPT(tiny_config(tie_weights=True)), tmp_path)
+
+
 def test_damaged_files(tmp_path):
     model = ml.GPT(tiny_config())
     with pytest.raises(FileNotFoundError):
