@@ -22,6 +22,7 @@ from minilora.nn.validate import CheckpointError
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_dropout": 1.5}, "lora_dropout must be in 0..1, got 1.5$"),
         ({"use_dora": True}, r"no lora_magnitude_vector \(use_dora is set\)"),
+        ({"bias": "lora_only"}, "there are h.0.attn.q_proj.bias, h.0.attn.k_proj.bias"),
         ({"bias": "all"}, "there are h.0.ln_1.bias"), ({"bias": "some"}, "bias = 'some'"),
         ({"modules_to_save": ["x"]}, "none of modules_to_save"),
         ({"lora_alpha": 10**400}, "lora_alpha"),

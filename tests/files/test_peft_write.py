@@ -8,7 +8,7 @@ from helpers_adapters import task
 import minilora as ml
 from minilora.files.peft_read import describe_adapter, load_adapter
 from minilora.files.peft_write import save_adapter, save_peft
-from minilora.files.safetensors import load_safetensors, save_safetensors
+from minilora.files.safetensors import load_metadata, load_safetensors, save_safetensors
 from minilora.nn.validate import CheckpointError
 
 
@@ -201,6 +201,8 @@ def test_all_that_is_written(tmp_path, save, names, fan_in_fan_out, task_type):
     save(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     del config["auto_mapping"]  # our fingerprint
+    assert '\n  "r": 2,\n' in (tmp_path / "adapter_config.json").read_text(), "people read it"
+    assert load_metadata(tmp_path / "adapter_model.safetensors")["format"] == "pt"
     norm = "transformer.ln_f" if save is save_peft else "ln_f"
     assert config == {
         "peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True, "r": 2,
@@ -223,7 +225,6 @@ def test_all_that_is_written(tmp_path, save, names, fan_in_fan_out, task_type):
 def test_biases_have_pefts_names(tmp_path, elsewhere, setting):
     model = task(targets="q_proj")
     model.h[0].attn.q_proj.linear.bias.requires_grad = True
-    model.h[1].attn.q_proj.linear.bias.requires_grad = True
     model.h[0].ln_1.bias.requires_grad = elsewhere
     save_adapter(model, tmp_path)
     names = load_safetensors(tmp_path / "adapter_model.safetensors")
@@ -283,6 +284,18 @@ def test_an_adapter_described(tmp_path):
         "norm of the update, scale * A B, by layer:",
         "  0: 0  (4, 3)",
     ]
+
+
+@pytest.mark.parametrize("save", [save_adapter, save_peft])
+@pytest.mark.parametrize("tied, saved", [(True, None), (False, "wte")])
+def test_a_head_is_stored_only_where_it_is_a_trained_embedding(tmp_path, ids, save, tied, saved):
+    config = tiny_config(tie_weights=tied)
+    model = task(model=ml.GPT(config), targets="q_proj", modules_to_save=saved)
+    if saved:
+        model.wte.module.weight.data += 0.5
+    save(model, tmp_path)
+    assert not any("lm_head" in n for n in load_safetensors(tmp_path / "adapter_model.safetensors"))
+    np.testing.assert_allclose(load_adapter(ml.GPT(config), tmp_path)(ids), model(ids), atol=1e-6)
 
 
 @pytest.mark.parametrize("first, second", [("q_proj", "v_proj"), ("v_proj", "q_proj")])
