@@ -42,8 +42,6 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.lin
 class Files:
     """Files that are read to compute logits."""
 
-    seconds = 0.05  # that a kill waits at most
-
     def __init__(self, folder):
         self.folder, self.out, self.unfinished = folder, folder / "out", 0
         self.expected = []
@@ -89,8 +87,6 @@ class SaveTransformers(SaveCheckpoint):
 
 
 class Command(Files):
-    seconds = 0.5
-
     def write(self, i):
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
             assert cli.main(self.arguments(i)) == 0
@@ -201,11 +197,13 @@ def write_until(writer, i, last):
 
 def write_for(writer, i, seconds):
     """Write result i, then the other one, and so on, until killed. Returns -9."""
+    parent = os.getpid()
 
     def work():
-        while True:
+        while os.getppid() == parent:  # nor longer than the tests run
             for turn in (i, 1 - i):
                 writer.write(turn)
+        return FAILED
 
     child = fork(work)
     time.sleep(seconds)
@@ -218,11 +216,13 @@ def run(name, folder, kills):
     """Kill half of the times before a change of the disk, and half at random moments."""
     writer, seen = WRITERS[name](folder), Counter()
     rng = np.random.default_rng(None if THOROUGH else 0)
+    began = time.perf_counter()
     old, changes = 1, write_until(writer, 1, None)
+    most = 2.0 * (time.perf_counter() - began)
     moments = [1 + i % changes for i in rng.permutation(changes * kills)]
     for turn in range(kills):
         if turn % 2:
-            status = write_for(writer, 1 - old, writer.seconds * rng.random())
+            status = write_for(writer, 1 - old, most * rng.random())
         else:
             status = write_until(writer, 1 - old, moments[turn])
         assert status != FAILED, "the writer failed, see above"
