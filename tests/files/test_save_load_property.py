@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from conftest import examples
+import pytest
+from conftest import examples, tiny_config
 from helpers_recipes import (
     CHANGES,
     ODD_NUMBERS,
+    Call,
     Recipe,
     base_of,
     build,
@@ -96,6 +98,32 @@ def nothing_is_converted(recipe, model):
     scalings = {layer.lora.scaling for _, layer in lora_layers(model)}
     merges_head = recipe.head and isinstance(model.lm_head, ml.LinearWithLoRA)
     return scalings in ({"alpha/r"}, {"alpha/sqrt(r)"}) and not merges_head
+
+
+ONCE_WRONG = [  # by what was lost, or could not be read
+    Recipe(tiny_config(), calls=(Call(),), trained=("*.ln_1.bias",)),
+    Recipe(tiny_config(), calls=(Call(),), trained=("h.0.ln_1.weight",)),
+    Recipe(tiny_config(), calls=(Call(targets=("q_proj",)),), trained=("h.0.attn.q_proj.bias",)),
+    Recipe(tiny_config(), calls=(Call(alpha=1e30),)),
+    Recipe(tiny_config(), calls=(Call(),), odd_number=(float("nan"), 0)),
+    Recipe(tiny_config(), head="same", calls=(Call(targets=("q_proj",)),)),
+    Recipe(tiny_config(), head="tied", calls=(Call(targets=("q_proj",)),)),
+    Recipe(tiny_config(), head="two layers", calls=(Call(),)),
+    Recipe(tiny_config(), changed="one q_proj", calls=(Call(),)),
+    Recipe(tiny_config(), changed="one q_proj", calls=(Call(),), trained=("*.q_proj.bias",)),
+    Recipe(tiny_config(bias=False), changed="bias", calls=(Call(targets=("o_proj",)),),
+           trained=("*.q_proj.bias",)),
+    Recipe("twice", calls=(Call(targets=("0",)),)),
+    Recipe("twice", calls=(Call(),), trained=("0.bias",)),
+    Recipe("deep", calls=(Call(modules_to_save=("6",)),)),
+]
+
+
+@pytest.mark.parametrize("recipe", ONCE_WRONG)
+@pytest.mark.parametrize("save, exact", [(ml.save_adapter, True), (ml.save_peft, False)])
+def test_adapters_that_were_wrong_once(recipe, save, exact):
+    if save is ml.save_adapter or isinstance(recipe.config, ml.GPTConfig):
+        adapter_round_trip(recipe, save, lambda recipe, model: exact)
 
 
 @examples(50)
