@@ -113,6 +113,8 @@ ONCE_WRONG = [  # by what was lost, or could not be read
     Recipe(tiny_config(), changed="one q_proj", calls=(Call(),), trained=("*.q_proj.bias",)),
     Recipe(tiny_config(bias=False), changed="bias", calls=(Call(targets=("o_proj",)),),
            trained=("*.q_proj.bias",)),
+    Recipe(tiny_config(), changed="bias", calls=(Call(targets=("o_proj",)),),
+           trained=("h.0.ln_2.bias",)),
     Recipe("twice", calls=(Call(targets=("0",)),)),
     Recipe("twice", calls=(Call(),), trained=("0.bias",)),
     Recipe("deep", calls=(Call(modules_to_save=("6",)),)),
