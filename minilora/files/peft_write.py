@@ -150,7 +150,10 @@ def _fused_saved(saved: Arrays, parameters: Arrays) -> Arrays:
     for name, arrays in by_module(saved).items():
         theirs = their_name(name)
         for kind in arrays:
-            pieces = [ours[f"{our}.{kind}"] for our in our_names(theirs)]
+            parts = [f"{our}.{kind}" for our in our_names(theirs)]
+            if missing := [part for part in parts if part not in ours]:
+                raise ValueError(f"the model has no {missing[0]}, which {theirs} needs")
+            pieces = [ours[part] for part in parts]
             fused[f"{theirs}.{kind}"] = np.concatenate(pieces, axis=-1)
     return fused
 

@@ -41,7 +41,10 @@ DTYPES = {
 NAMES = {np.dtype(code): name for name, code in DTYPES.items() if name != "BF16"}
 MAX_HEADER = 100_000_000  # bytes; the reference implementation has the same limit
 MAX_AXES = 32
-HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # in names of temporary files
+# In names of temporary files: the machine, or the container, in which a process has its number.
+SPACE = "/proc/self/ns/pid"
+PLACE = platform.node() + (os.readlink(SPACE) if os.path.islink(SPACE) else "")
+HOST = f"{zlib.crc32(PLACE.encode()):08x}"
 
 
 # ---- Writing
@@ -99,6 +102,8 @@ def _destination(path: str | Path) -> tuple[Path, Path]:
         raise IsADirectoryError(f"{given} is a directory, not a file to write")
     if path.exists() and not path.is_file():  # a device or pipe would be replaced
         raise FileExistsError(f"{given} is not a regular file to write")
+    if path.exists() and os.path.islink(given) and not os.access(path, os.W_OK):
+        raise PermissionError(f"{given} points to {path}, which may not be written")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path, temporary_in(path.parent)
 

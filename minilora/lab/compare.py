@@ -237,8 +237,7 @@ def file_bytes(folder: Path) -> int:
 def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[str, Any]:
     """Run every method with every seed; write numbers, adapters and figures to `out`.
 
-    They appear there together, at the end. Ctrl-C ends the comparison early; runs that are
-    complete are kept.
+    They appear there together, at the end. Ctrl-C ends it early; complete runs are kept.
 
     Returns
     -------
@@ -257,7 +256,8 @@ def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[
         raise ValueError(f"steps must be 2 or more, got {settings.steps}")
     for rank in settings.ranks:  # find every mistake before the first long run
         prepare(settings, rank, seed=0)
-    for name in (RESULT, *plots.COMPARISON):
+    inside = [f"adapters/{RESULT}"] if (Path(out) / "adapters").exists() else []
+    for name in (RESULT, *plots.COMPARISON, *inside):
         check_writable(Path(out) / name)
     base = load_base(settings.base)
     data = Data.for_context(base.config.context_length)

@@ -215,9 +215,14 @@ def attach(model: M, adapter: Adapter) -> M:
     shared: dict[int, Parameter] = {}
     saved = by_module(adapter.saved)
     dtype = next(model.parameters()).data.dtype
+    groups: dict[int, list[str]] = {}  # a module that is in several places may have several names
     for path in dict.fromkeys([*adapter.layers, *saved]):
+        groups.setdefault(id(base[path]), []).append(path)
+    for paths in groups.values():
+        path = next((path for path in paths if path in adapter.layers), paths[0])
         original = base[path]
-        own = {name: Parameter(np.asarray(a, dtype)) for name, a in saved.get(path, {}).items()}
+        arrays = {name: a for place in paths for name, a in saved.get(place, {}).items()}
+        own = {name: Parameter(np.asarray(a, dtype)) for name, a in arrays.items()}
         module = original
         if own:
             is_head = path == "lm_head" and isinstance(model, GPT)

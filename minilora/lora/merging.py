@@ -81,12 +81,18 @@ class Mergeable(Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if self.merged:  # a copy's arrays are writable at first
+        if self.merged:  # the arrays of a copy are writable, those of a pickle are views of bytes
+            for p in self._parameters():
+                p.data = p.data if p.data.flags.owndata else p.data.copy()
+            self._merged = self._merged[0], self._arrays()
             self._switched(writeable=False)
 
     def _arrays(self) -> list[np.ndarray]:
+        return [p.data for p in self._parameters()]
+
+    def _parameters(self) -> list[Parameter]:
         parameters = self.linear.weight, self.linear.bias, *self.task_parameters()
-        return [p.data for p in parameters if p is not None]
+        return [p for p in parameters if p is not None]
 
     def _switched(self, writeable: bool) -> None:
         """Lock or unlock the arrays that W' was made of; no backward fits an earlier forward."""

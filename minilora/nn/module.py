@@ -97,22 +97,21 @@ class Module:
         return self.forward(*inputs)
 
     def _save(self, *values: Any) -> None:
-        thread = get_ident()
-        contested = self._cache is not None and self._seal[1] != thread  # not taken by another
+        vars(self)["_seal"] = self.training, get_ident(), self._sample(values)
         vars(self)["_cache"] = values  # bypasses __setattr__, which takes a microsecond
-        vars(self)["_seal"] = self.training, thread, contested, self._sample(values)
 
     def _take(self) -> tuple:
         values, vars(self)["_cache"] = self._cache, None
         if values is None:
             raise RuntimeError(f"{self.title()}: backward needs a forward just before it, "
                                "and works once for each forward")
-        training, thread, contested, sample = self._seal
+        training, thread, sample = self._seal
         if self.training and not training:
             raise RuntimeError(f"{self.title()}: its last forward was in evaluation mode, and this "
                                "backward is in training mode")
-        if contested and thread != get_ident():
-            raise RuntimeError(f"{self.title()} is used in two threads: each needs its own model")
+        if thread != get_ident():
+            raise RuntimeError(f"{self.title()}: its last forward was in another thread, but two "
+                               "threads cannot share a model")
         if sample != self._sample(values):
             raise RuntimeError(f"an input or a weight of {self.title()} was changed in place "
                                "between forward and backward")
@@ -121,7 +120,7 @@ class Module:
     def _sample(self, values: tuple) -> list[bytes]:
         """Return numbers of what backward uses: of an array all, or the last if it is large."""
         arrays = [value for value in values if isinstance(value, np.ndarray)]
-        arrays += [p.data for p in vars(self).values() if isinstance(p, Parameter)]
+        arrays += [p.data for p in list(vars(self).values()) if isinstance(p, Parameter)]
         return [last_numbers(array).tobytes() for array in arrays]
 
     # ---- The tree

@@ -124,18 +124,8 @@ def in_a_thread(call):
 def test_a_model_that_two_threads_use_at_once(forward, ids):
     model, dlogits = forward
     in_a_thread(lambda: model(ids[::-1]))
-    with pytest.raises(RuntimeError, match="is used in two threads: each needs its own model"):
+    with pytest.raises(RuntimeError, match="its last forward was in another thread, but two"):
         model.backward(dlogits)
-
-
-def test_threads_may_take_turns(forward, ids):
-    model, dlogits = forward
-    in_a_thread(lambda: model.backward(dlogits))
-    expected = model.h[0].attn.q_proj.lora.B.grad
-    model.zero_grad()
-    in_a_thread(lambda: model(ids))
-    model.backward(dlogits)
-    assert np.array_equal(model.h[0].attn.q_proj.lora.B.grad, expected)
 
 
 def test_two_texts_that_are_written_in_turn(forward, ids):
@@ -172,7 +162,7 @@ def test_a_copy_of_a_merged_layer_is_read_only_too(copied):
     for name in ("linear.weight", "lora.A", "lora.B"):
         with pytest.raises(ValueError, match="read-only"):
             dict(twin.named_parameters())[name].data[...] = 0
-    if copied is not copy.copy:
+    if copied is not copy.copy:  # which shares them
         twin.unmerge()
         twin.lora.B.data[...] = 1
         assert not np.array_equal(twin(x), layer(x))
