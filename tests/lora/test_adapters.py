@@ -86,12 +86,13 @@ def test_what_does_not_fit_is_listed_and_changes_nothing():
         ml.attach(other, adapter)
     for part in ("no linear layer 'h.1.attn.q_proj'", "(12, 12) in the model, (8, 8) in the ad",
                  "lm_head should be a matrix of 12 rows, got (8, 11)",
-                 "ln_f.weight is (12,) in the model, (8,)"):
+                 "ln_f.weight is (12,) in the model, (8,) in the adapter"):
         assert part in str(error.value)
     assert repr(other) == text
     assert "lm_head" not in adapter.layers
-    odd = ml.Adapter(adapter.layers, {"h.0.ln_1.wieght": np.ones(8)})
-    with pytest.raises(CheckpointError, match="no parameter h.0.ln_1.wieght"):
+    odd = ml.Adapter(adapter.layers, {"lm_head.weight": np.ones((8, 2)),
+                                      "h.0.ln_1.wieght": np.ones(8), "x.y": np.ones(8)})
+    with pytest.raises(CheckpointError, match="no parameter h.0.ln_1.wieght; .* no parameter x.y"):
         ml.attach(base(), odd)
     head = {"lm_head.weight": np.ones((8, 2)), "lm_head.bias": np.ones(3)}
     odd = ml.Adapter(adapter.layers, head)
@@ -118,6 +119,15 @@ def test_attaching_twice_gives_the_same_dropout(ids):
     adapter = ml.get_adapter(task(dropout=0.5))
     one, two = (ml.attach(base(), adapter).train()(ids) for _ in range(2))
     assert np.array_equal(one, two) and not np.allclose(one, ml.attach(base(), adapter).eval()(ids))
+
+
+def test_a_layer_in_two_places_has_one_adapter_in_both():
+    shared = ml.Linear(4, 4, rng=0)
+    model = ml.replace_linear_with_lora(ml.Sequential(shared, ml.GELU(), shared), 2, 4, rng=0)
+    assert set(ml.get_adapter(model).layers) == {"0"}
+    setattr(model, "2", shared)
+    with pytest.raises(ValueError, match="2 and 0 are one layer of the base"):
+        ml.get_adapter(model)
 
 
 def test_base_modules_see_through_every_wrapper():
