@@ -5,7 +5,7 @@ import pytest
 from conftest import randomise, tiny_config
 
 import minilora as ml
-from minilora.lora.surgery import lora_layers
+from minilora.lora.surgery import inside, lora_layers
 
 
 def train_steps(model, ids, steps=3, lr=0.05):
@@ -196,6 +196,24 @@ def test_a_second_call_freezes_a_base_that_was_unfrozen():
         ml.lora_state_dict(model))
 
 
+def test_a_second_call_checks_its_arguments():
+    model = adapted()
+    for options, words in (({"rank": 0}, "rank"), ({"alpha": np.inf}, "alpha"),
+                           ({"scaling": "r"}, "scaling"), ({"dropout": 1.0}, "dropout")):
+        with pytest.raises(ValueError, match=words):
+            ml.replace_linear_with_lora(model, **({"rank": 2, "alpha": 4} | options))
+
+
+def test_the_task_of_a_layer_by_itself():
+    layer = ml.LinearWithLoRA(ml.Linear(3, 3), 1, 1)
+    assert set(ml.lora_state_dict(layer)) == {"lora.A", "lora.B"}
+
+
+def test_what_is_inside_of_what():
+    assert inside("h.0", ["h.1", "h.0"]) and inside("h.0.mlp", ["h.0"]) and inside("h", [""])
+    assert not inside("h.01", ["h.0"]) and not inside("h", ["h.0"]) and not inside("h", [])
+
+
 def test_a_second_call_can_add_other_layers():
     model = ml.replace_linear_with_lora(ml.GPT(tiny_config()), 2, 4, target_modules="q_proj")
     ml.replace_linear_with_lora(model, 1, 4, target_modules="v_proj")
@@ -234,7 +252,7 @@ def test_targets_that_match_nothing_change_nothing(targets, words):
 
 
 def test_models_that_cannot_be_adapted():
-    with pytest.raises(TypeError, match="bare Linear"):
+    with pytest.raises(TypeError, match="bare Linear .* use LinearWithLoRA$"):
         ml.replace_linear_with_lora(ml.Linear(3, 3), 2, 4)
     with pytest.raises(ValueError, match="no Linear layer"):
         ml.replace_linear_with_lora(ml.Sequential(ml.GELU()), 2, 4)
@@ -611,6 +629,8 @@ def test_a_module_saved_whole_hides_what_is_in_it(tiny_gpt):
     }
     with pytest.raises(ValueError, match="'h.0.mlp' fits no module"):
         ml.replace_linear_with_lora(tiny_gpt, 2, 4, modules_to_save="h.0.mlp")
+    with pytest.raises(ValueError, match="'h.0.mlp.up_proj' fits no Linear"):
+        ml.replace_linear_with_lora(tiny_gpt, 2, 4, "h.0.mlp.up_proj")
 
 
 def test_a_linear_that_keeps_its_output_is_not_written_to(rng):
