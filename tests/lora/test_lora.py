@@ -513,10 +513,11 @@ def test_a_subclass_of_linear_keeps_its_forward(rng):
     assert np.array_equal(ml.replace_linear_with_lora(model, 2, 4)(x), before)
 
 
-def test_a_model_in_eval_mode_stays_in_eval_mode():
-    model = ml.GPT(tiny_config()).eval()
-    ml.replace_linear_with_lora(model, 2, 4, dropout=0.5)
-    assert not any(module.training for _, module in model.named_modules())
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_stays_in_its_mode(training):
+    model = ml.GPT(tiny_config()).train(training)
+    ml.replace_linear_with_lora(model, 2, 4, dropout=0.5, modules_to_save="ln_f")
+    assert all(module.training is training for _, module in model.named_modules())
 
 
 def test_bad_dropout_changes_nothing():
