@@ -5,6 +5,7 @@ import pytest
 from conftest import randomise, tiny_config
 
 import minilora as ml
+from minilora.lora.scaling import lora_scale
 from minilora.lora.surgery import inside, lora_layers
 
 
@@ -33,6 +34,18 @@ def test_forward_and_the_three_scalings(rng, scaling, scale):
     assert lora.scale == scale and isinstance(lora.scale, float)
     np.testing.assert_allclose(lora(x), scale * (x @ lora.A.data @ lora.B.data))
     np.testing.assert_allclose(lora(x), x @ lora.delta_weight())
+
+
+def test_the_seed_decides_a_and_dropout():
+    x = np.ones((4, 6), np.float32)
+
+    def output(seed):
+        layer = ml.LinearWithLoRA(ml.Linear(6, 5, rng=0), 2, 4, dropout=0.5, rng=seed)
+        layer.lora.B.data[...] = 1.0
+        return layer(x)
+
+    assert np.array_equal(output(1), output(1)) and not np.allclose(output(1), output(2))
+    assert lora_scale(4, 16) == 4.0, "alpha/r by default"
 
 
 def test_initial_values():
