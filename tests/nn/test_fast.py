@@ -68,6 +68,12 @@ def test_gelu_of_odd_shapes(rng, shape):
     agree("gelu", rng.standard_normal(shape))
 
 
+def test_gelu_of_one_number():
+    results = fast.gelu(np.array(0.5))
+    np.testing.assert_allclose(results, functional.gelu(np.array(0.5)), rtol=1e-12)
+    assert [array.shape for array in results] == [(), ()]
+
+
 @given(LEADING, SIZES, SEEDS, st.booleans(), st.sampled_from([np.float32, np.float64]))
 @settings(max_examples=60, deadline=None)
 def test_layer_norm(leading, width, seed, has_bias, dtype):

@@ -11,6 +11,7 @@ from conftest import randomise, tiny_config
 import minilora as ml
 from minilora.data.generate import sample_tokens
 from minilora.lab.classify import predict
+from minilora.nn.validate import last_numbers
 from minilora.train.mode import evaluating
 
 
@@ -63,6 +64,14 @@ LAYERS = {
     "LinearWithLoRA": lambda: ml.LinearWithLoRA(ml.Linear(4, 4, rng=0), 2, 4, rng=0),
     "DoRALinear": lambda: ml.DoRALinear(ml.Linear(4, 4, rng=0), 2, 4, rng=0),
 }
+
+
+def test_of_a_large_array_the_last_numbers_are_sampled():
+    for shape, count in (((3, 4), 12), ((3000,), 1024), ((3, 2000), 1024), ((2000, 3), 3)):
+        array = np.arange(float(np.prod(shape))).reshape(shape)
+        sample = last_numbers(array)
+        assert np.array_equal(sample.ravel(), array.ravel()[-count:])
+        assert np.shares_memory(sample, array)
 
 
 @pytest.mark.parametrize("size", [3, 3000])
