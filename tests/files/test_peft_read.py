@@ -94,8 +94,11 @@ def test_what_was_adapted_before_and_is_not_now_is_the_base_again(tmp_path):
 
 def test_a_tied_head_cannot_be_adapted(tmp_path):
     save_adapter(task(targets="lm_head"), tmp_path)
+    model = ml.GPT(tiny_config(tie_weights=True))
     with pytest.raises(CheckpointError, match="lm_head is a target, but the head of this model is"):
-        load_adapter(ml.GPT(tiny_config(tie_weights=True)), tmp_path)
+        load_adapter(model, tmp_path)
+    model.lm_head = ml.Linear(8, 11, bias=False)
+    assert isinstance(load_adapter(model, tmp_path).lm_head, ml.LinearWithLoRA)
 
 
 def test_damaged_files(tmp_path):
