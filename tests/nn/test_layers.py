@@ -142,6 +142,13 @@ def test_frozen_linear_refuses_a_dout_of_the_wrong_shape():
         linear.backward(np.zeros((5, 2)))
 
 
+def test_defaults_and_seeds():
+    assert ml.LayerNorm(3).eps == 1e-5 and ml.LayerNorm(3).bias is not None
+    one, two, other = (ml.CausalSelfAttention(4, 2, rng=seed).state_dict() for seed in (1, 1, 2))
+    assert len(one) == 8 and all(np.array_equal(one[name], two[name]) for name in one)
+    assert not any(np.array_equal(one[name], other[name]) for name in one)
+
+
 def test_empty_batches_are_fine():
     for layer in (ml.Linear(3, 2), ml.LinearWithLoRA(ml.Linear(3, 2), 1, 1)):
         assert layer(np.zeros((0, 3))).shape == (0, 2)
