@@ -122,6 +122,9 @@ def _is_running(pid: str) -> bool:
     """Whether there may be a process of this number on this machine."""
     if os.name != "posix" or not pid.isdecimal():
         return True  # elsewhere, os.kill would end it
+    with contextlib.suppress(OSError, IndexError):  # only Linux has this file
+        if Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z":
+            return False  # it has ended, but its parent has not asked how
     try:
         os.kill(int(pid), 0)
     except (PermissionError, OverflowError):

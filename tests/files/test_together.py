@@ -143,8 +143,13 @@ def chunks():
 write_atomically({str(tmp_path / "x")!r}, chunks())
 """
     write_atomically(tmp_path / "x", b"old")
+    with subprocess.Popen([sys.executable, "-c", code]) as killed:
+        os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # still a zombie
+        assert len(os.listdir(tmp_path)) == 2 and (tmp_path / "x").read_bytes() == b"old"
+        write_atomically(tmp_path / "x", b"older")
+        assert os.listdir(tmp_path) == ["x"]
     subprocess.run([sys.executable, "-c", code], check=False)
-    assert len(os.listdir(tmp_path)) == 2 and (tmp_path / "x").read_bytes() == b"old"
+    assert len(os.listdir(tmp_path)) == 2
     running = tmp_path / f".minilora-00000000-{os.getpid()}-0.tmp"  # of another machine
     running.write_bytes(b"")
     write_atomically(tmp_path / "y", b"new")
