@@ -53,12 +53,13 @@ def complete(model: Module, adapter: Adapter) -> Adapter:
     """
     saved, base = adapter.saved, base_modules(model)
     rule = {"modules_to_save": whole_modules(saved), "bias": which_biases(adapter)}
+    added: Arrays = {}
     for name, array in base_parameters(base).items():
         module, _, kind = name.rpartition(".")
         is_head = module == "lm_head" and isinstance(model, GPT)  # has what it has
         if not is_head and stored_whole(rule, module, kind, module in adapter.layers):
-            saved = {name: array} | saved
-    return Adapter(adapter.layers, saved, adapter.dropout)
+            added[name] = array
+    return Adapter(adapter.layers, added | saved, adapter.dropout)
 
 
 def whole_modules(saved: Arrays) -> list[str]:

@@ -59,20 +59,28 @@ def write_atomically(path: str | Path, chunks: bytes | Iterable[bytes]) -> None:
     """
     path, temporary = _destination(path)
     try:
-        with open(temporary, "xb") as file:
+        with errors_name(path), open(temporary, "xb") as file:
             for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
                 file.write(chunk)
             file.flush()
             with _if_supported():
                 os.fsync(file.fileno())
-        with contextlib.suppress(FileNotFoundError), _if_supported():
-            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))  # as those of the old file
-        os.replace(temporary, path)
-    except OSError as error:  # which names the temporary file, or none if the disk is full
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+        with errors_name(path):
+            with contextlib.suppress(FileNotFoundError), _if_supported():
+                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))  # as those of the old file
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Let an OSError name this file: it names a temporary one, or none if the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 @contextlib.contextmanager
@@ -88,11 +96,9 @@ def _if_supported() -> Iterator[None]:
 def check_writable(path: str | Path) -> None:
     """Raise OSError if `write_atomically` could not write this file. Creates missing folders."""
     path, temporary = _destination(path)
-    try:
+    with errors_name(path):
         temporary.touch()
         temporary.unlink()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def _destination(path: str | Path) -> tuple[Path, Path]:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from minilora.files.safetensors import (
+    errors_name,
     load_metadata,
     load_with_metadata,
     save_safetensors,
@@ -58,17 +59,11 @@ def save_pair(weights: Path, tensors: Arrays, config: Path, settings: Settings) 
     with _locked(config.parent):
         _settle(weights, config)  # after a save that was killed
         try:
-            _write_upcoming(config, text)
+            with errors_name(config):
+                write_atomically(_upcoming(config), text)
             save_safetensors(weights, tensors, {"format": "pt", FINGERPRINT: fingerprint})
         finally:
             _settle(weights, config)
-
-
-def _write_upcoming(config: Path, text: bytes) -> None:
-    try:
-        write_atomically(_upcoming(config), text)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(config)) from None
 
 
 def _settle(weights: Path, config: Path) -> None:

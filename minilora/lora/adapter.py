@@ -210,7 +210,7 @@ def attach(model: M, adapter: Adapter) -> M:
     """
     check_fits(model, adapter)
     base = base_modules(model)
-    new: dict[str, Module] = {}
+    new: dict[int, Module] = {}
     rng = make_rng(0)  # one for all layers, so that their dropout masks differ
     shared: dict[int, Parameter] = {}
     saved = by_module(adapter.saved)
@@ -234,12 +234,10 @@ def attach(model: M, adapter: Adapter) -> M:
             module = ModuleToSave(original, module)
         for parameter in own.values():
             parameter.requires_grad = True
-        new[path] = module.train(model.training)
-    by_id = {id(base[path]): wrapper for path, wrapper in new.items()}
-    new |= {path: by_id[id(m)] for path, m in base.items() if id(m) in by_id}  # in every place
+        new[id(original)] = module.train(model.training)
     if wrappers(model):
         remove_lora(model)
-    install(model, new)
+    install(model, {path: new[id(m)] for path, m in base.items() if id(m) in new})  # everywhere
     freeze_base(model)
     return model
 
