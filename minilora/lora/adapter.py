@@ -214,7 +214,7 @@ def attach(model: M, adapter: Adapter) -> M:
     rng = make_rng(0)  # one for all layers, so that their dropout masks differ
     shared: dict[int, Parameter] = {}
     saved = by_module(adapter.saved)
-    dtype = next(model.parameters()).data.dtype
+    dtype = next(model.parameters()).dtype
     groups: dict[int, list[str]] = {}  # a module that is in several places may have several names
     for path in dict.fromkeys([*adapter.layers, *saved]):
         groups.setdefault(id(base[path]), []).append(path)
@@ -266,7 +266,7 @@ def _adapted(
     kind = LinearWithLoRA if factors.magnitude is None else DoRALinear
     layer = kind(linear, factors.rank, factors.alpha, scaling=factors.scaling,
                  dropout=dropout, rng=rng)
-    dtype = linear.weight.data.dtype
+    dtype = linear.weight.dtype
     for owner, name, array in ((layer.lora, "A", factors.A), (layer.lora, "B", factors.B),
                                (layer, "magnitude", factors.magnitude)):
         if array is not None:
@@ -294,7 +294,7 @@ def check_fits(model: Module, adapter: Adapter) -> None:
 def _misfits(model: Module, base: dict[str, Module], adapter: Adapter) -> list[str]:
     """Describe everything in the adapter that does not fit the model."""
     linears = [path for path, module in base.items() if isinstance(module, Linear)]
-    dtype = next(model.parameters()).data.dtype
+    dtype = next(model.parameters()).dtype
     faults = []
     for path, factors in adapter.layers.items():
         found, fault = base.get(path), factors.fault(dtype)

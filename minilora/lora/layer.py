@@ -76,7 +76,7 @@ class LoRALayer(Module):
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (..., in_dim) -> y (..., out_dim). Raises ValueError for other widths."""
-        x = check_width(self, x, self.A.shape[0], self.A.data.dtype)
+        x = check_width(self, x, self.A.shape[0], self.A.dtype)
         xa = matmul(x, self.A.data)  # (..., rank)
         self._save(x, xa)
         return matmul(self.scale * xa, self.B.data)
@@ -119,7 +119,7 @@ class LinearWithLoRA(Mergeable):
     ):
         if not isinstance(linear, Linear):
             raise TypeError(f"{type(self).__name__} wraps a Linear, got {type(linear).__name__}")
-        rng, (n, m), dtype = make_rng(rng), linear.weight.shape, linear.weight.data.dtype
+        rng, (n, m), dtype = make_rng(rng), linear.weight.shape, linear.weight.dtype
         self.linear = linear
         self.dropout = Dropout(dropout, rng)
         self.lora = LoRALayer(n, m, rank, alpha, scaling=scaling, dtype=dtype, rng=rng)

@@ -19,10 +19,8 @@ from minilora.nn.module import Module, ModuleList
 from minilora.nn.validate import Rng, check_dropout, check_flag, check_sizes, float_dtype, make_rng
 
 GPT2_SIZES = {  # n_layers, d_model (Radford et al. 2019, table 2), n_heads (as released)
-    "small": (12, 768, 12),
-    "medium": (24, 1024, 16),
-    "large": (36, 1280, 20),
-    "xl": (48, 1600, 25),
+    "small": (12, 768, 12), "medium": (24, 1024, 16),
+    "large": (36, 1280, 20), "xl": (48, 1600, 25),
 }
 
 
@@ -145,7 +143,7 @@ class GPT(Module):
             elif p.data.ndim == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 * ((2 * self.config.n_layers) ** -0.5 if residual else 1.0)
-                rng.standard_normal(dtype=p.data.dtype, out=p.data)
+                rng.standard_normal(dtype=p.dtype, out=p.data)
                 p.data *= std
 
     def forward(self, ids: np.ndarray) -> np.ndarray:

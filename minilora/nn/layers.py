@@ -69,7 +69,7 @@ class Linear(Module):
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (..., in_features) -> y (..., out_features). Raises ValueError for other widths."""
-        x = check_width(self, x, self.in_features, self.weight.data.dtype)
+        x = check_width(self, x, self.in_features, self.weight.dtype)
         y = matmul(x, self.weight.data)
         if self.bias is not None:
             y += self.bias.data
@@ -79,7 +79,7 @@ class Linear(Module):
     def backward(self, dout: np.ndarray) -> np.ndarray:
         """dW = xᵀ dout,  db = sum of dout over the rows,  dx = dout Wᵀ."""
         x, shape = self._take()
-        dout = check_dout(self, dout, shape, self.weight.data.dtype)
+        dout = check_dout(self, dout, shape, self.weight.dtype)
         if self.bias is not None and self.bias.requires_grad:
             self.bias.accumulate(rows(dout).sum(axis=0))
         if self.weight.requires_grad:
@@ -117,7 +117,7 @@ class Embedding(Module):
         (ids,) = self._take()
         if self.weight.requires_grad:
             shape = (*ids.shape, self.weight.shape[1])
-            dout = check_dout(self, dout, shape, self.weight.data.dtype)
+            dout = check_dout(self, dout, shape, self.weight.dtype)
             dweight = np.zeros_like(self.weight.data)
             np.add.at(dweight, ids.reshape(-1), rows(dout))  # adds once for each time an id occurs
             self.weight.accumulate(dweight)
@@ -145,7 +145,7 @@ class TiedHead(Module):
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (..., embedding_dim) -> y (..., num_embeddings). Raises ValueError for other widths."""
-        x = check_width(self, x, self.weight.shape[1], self.weight.data.dtype)
+        x = check_width(self, x, self.weight.shape[1], self.weight.dtype)
         y = matmul(x, self.weight.data.T)
         self._save(x if self.weight.requires_grad else None, y.shape)
         return y
@@ -153,7 +153,7 @@ class TiedHead(Module):
     def backward(self, dout: np.ndarray) -> np.ndarray:
         """dW = doutᵀ x,  dx = dout W."""
         x, shape = self._take()
-        dout = check_dout(self, dout, shape, self.weight.data.dtype)
+        dout = check_dout(self, dout, shape, self.weight.dtype)
         if self.weight.requires_grad:
             self.weight.accumulate(weight_grad(dout, check_kept(self, x)))
         return matmul(dout, self.weight.data)
@@ -181,7 +181,7 @@ class LayerNorm(Module):
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (..., width) -> y (..., width). Raises ValueError for other widths."""
-        x = check_width(self, x, self.weight.size, self.weight.data.dtype)
+        x = check_width(self, x, self.weight.size, self.weight.dtype)
         bias = None if self.bias is None else self.bias.data
         y, cache = layer_norm(x, self.weight.data, bias, self.eps)
         self._save(cache, y.shape)
@@ -190,7 +190,7 @@ class LayerNorm(Module):
     def backward(self, dout: np.ndarray) -> np.ndarray:
         """dweight = sum of dout * xhat,  dbias = sum of dout; dx: see `layer_norm_backward`."""
         cache, shape = self._take()
-        dout = check_dout(self, dout, shape, self.weight.data.dtype)
+        dout = check_dout(self, dout, shape, self.weight.dtype)
         if self.bias is not None and self.bias.requires_grad:
             self.bias.accumulate(rows(dout).sum(axis=0))
         if self.weight.requires_grad:

@@ -1,8 +1,7 @@
 """Parameters, and the tree of modules that holds them.
 
 A `Parameter` is an array with its gradient. A `Module` has a `forward` and a hand-written
-`backward`. Modules that contain other modules form a tree, which gives every parameter a name,
-such as ``h.0.attn.q_proj.weight``.
+`backward`. A tree of modules gives every parameter a name, such as ``h.0.attn.q_proj.weight``.
 """
 
 from __future__ import annotations
@@ -46,6 +45,13 @@ class Parameter:
     def size(self) -> int:
         return self.data.size
 
+    @property
+    def dtype(self) -> np.dtype:
+        return self.data.dtype
+
+    def astype(self, dtype: np.dtype) -> None:
+        self.data, self.grad = self.data.astype(dtype), None
+
     def accumulate(self, grad: np.ndarray) -> None:
         """Add to `.grad`, over all uses of a value. Raises ValueError for another shape."""
         if np.shape(grad) != self.shape:
@@ -56,7 +62,7 @@ class Parameter:
 
     def __repr__(self) -> str:
         frozen = "" if self.requires_grad else ", frozen"
-        return f"Parameter(shape={self.shape}, dtype={self.data.dtype}{frozen})"
+        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}{frozen})"
 
 
 class Keys(NamedTuple):
@@ -73,8 +79,7 @@ class Module:
 
     - `forward` stores what backward needs with `self._save(...)`, and does not change it later;
     - `backward` takes it back with `self._take()`, so it works once for each forward;
-    - `backward` adds to the `.grad` of the trainable parameters, returns the gradient of
-      the input, and never changes `dout`.
+    - it adds to the `.grad` of trainable parameters, returns that of the input, and keeps `dout`.
 
     Setting an attribute that the constructor did not set raises AttributeError, to catch typos.
     """
@@ -120,7 +125,7 @@ class Module:
     def _sample(self, values: tuple) -> list[bytes]:
         """Return numbers of what backward uses: of an array all, or the last if it is large."""
         arrays = [value for value in values if isinstance(value, np.ndarray)]
-        arrays += [p.data for p in list(vars(self).values()) if isinstance(p, Parameter)]
+        arrays += [p.data for p in list(vars(self).values()) if type(p) is Parameter]
         return [last_numbers(array).tobytes() for array in arrays]
 
     # ---- The tree
@@ -193,7 +198,7 @@ class Module:
         """Convert every parameter to float32 or float64, clear gradients, and return the module."""
         dtype = float_dtype(dtype)
         for parameter in self.parameters():
-            parameter.data, parameter.grad = parameter.data.astype(dtype), None
+            parameter.astype(dtype)
         return self
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -201,11 +206,10 @@ class Module:
         return {name: parameter.data.copy() for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, state: dict[str, np.ndarray], strict: bool = True) -> Keys:
-        """Copy arrays into the parameters of the same names.
+        """Copy arrays into the parameters of the same names, or change nothing if one does not fit.
 
-        Returns the missing and unexpected names, which `strict=False` allows. Everything is checked
-        before anything is changed, and one error lists all faults: KeyError for names, ValueError
-        for shapes. Raises TypeError for arrays that are not real numbers.
+        Returns the missing and unexpected names, which `strict=False` allows. One error lists all
+        faults: KeyError for names, ValueError for shapes. TypeError unless numbers are real.
         """
         if not isinstance(state, dict):
             raise TypeError(f"a state dict must be a dict, got {type(state).__name__}")
@@ -215,7 +219,7 @@ class Module:
         arrays = {name: np.asarray(state[name]) for name in parameters if name in state}
         faults = [f"{name}: expected shape {parameters[name].shape}, got {array.shape}"
                   for name, array in arrays.items() if array.shape != parameters[name].shape]
-        faults += [f"{name} is read-only: unmerge_lora first"
+        faults += [f"{name} is read-only: quantised, or merged (unmerge_lora first)"
                    for name in arrays if not parameters[name].data.flags.writeable]
         if strict:
             faults = [f"missing: {name}" for name in keys.missing] + faults
@@ -250,9 +254,9 @@ class Module:
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, in the format of PEFT's method of this name."""
-        trainable, total = self.num_parameters(trainable_only=True), self.num_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || "
-              f"trainable%: {100 * trainable / max(1, total):.4f}")
+        part, total = self.num_parameters(trainable_only=True), self.num_parameters()
+        print(f"trainable params: {part:,} || all params: {total:,} || "
+              f"trainable%: {100 * part / max(1, total):.4f}")
 
     def summary(self) -> None:
         """Print a table of all parameters: name, shape, size, and whether each is trained."""
@@ -261,7 +265,7 @@ class Module:
         trainable = f"{self.num_parameters(trainable_only=True):,} trainable"
         total = "total", "", f"{self.num_parameters():,}", trainable
         rows = [("parameter", "shape", "numbers", ""), *rows, total]
-        name, shape, size = (max(len(row[i]) for row in rows) for i in range(3))
+        name, shape, size = (max(map(len, column)) for column in list(zip(*rows, strict=True))[:3])
         for row in rows:
             print(f"{row[0]:{name}}  {row[1]:{shape}}  {row[2]:>{size}}  {row[3]}".rstrip())
 

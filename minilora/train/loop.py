@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from minilora.nn.module import Module
 from minilora.nn.validate import check_sizes
 from minilora.train.history import History, training_bytes
 from minilora.train.mode import check_trainable, training
 from minilora.train.optim import Optimizer
-from minilora.train.parallel import Batch, DataParallel, keep_freed_memory
+from minilora.train.parallel import Batch, DataParallel, Loss, keep_freed_memory
 from minilora.train.schedule import clip_grad_norm
 
 
-def evaluate(model: Module, batches: Iterable[Batch], threads: int | None = None) -> float:
+def evaluate(
+    model: Module, batches: Iterable[Batch], threads: int | None = None, loss: Loss | None = None
+) -> float:
     """Return the mean loss in nats over all targets of the batches, with dropout off.
 
     Batches are pairs (ids, targets), both (B, T). Raises ValueError if there are none.
     """
-    with DataParallel(model, threads) as parallel:
+    with DataParallel(model, threads, loss) as parallel:
         return parallel.mean_loss(list(batches))
 
 
@@ -50,6 +51,7 @@ def fit(
     schedule: Callable[[int], float] | None = None, clip_norm: float | None = None,
     validation: Iterable[Batch] | None = None, validate_every: int = 100,
     threads: int | None = None, progress: bool = True, description: str = "",
+    loss: Loss | None = None,
 ) -> History:
     """Train for `steps` batches and return the record. Ctrl-C ends the run early.
 
@@ -60,6 +62,7 @@ def fit(
     clip_norm : bound on the global gradient norm; None for no clipping
     validation : batches to evaluate before training, every `validate_every` steps, and at the end
     threads : number that share each batch; None for as many as pay off, see `parallel`
+    loss : (model, ids, targets) -> loss, dlogits; None for the cross-entropy of the next token
 
     Raises
     ------
@@ -72,16 +75,18 @@ def fit(
     check_trainable(model, optimizer)
     check_sizes("fit", steps=steps, validate_every=validate_every)
     history, held_out = History(), None if validation is None else list(validation)
+    from tqdm import tqdm  # here, because it takes a fifth of minilora's import time
+
+    bar = tqdm(total=steps, desc=description, disable=not progress, leave=False, unit="step")
     keep_freed_memory()
-    with (training(model), _bar(steps, description, progress) as bar,
-          DataParallel(model, threads) as parallel):
+    with training(model), bar, DataParallel(model, threads, loss) as parallel:
         try:
             history.validate(0, parallel, held_out)
-            for step, loss in training_steps(
+            for step, value in training_steps(
                 parallel, batches, optimizer, steps, schedule, clip_norm
             ):
-                history.add(step, loss, optimizer.param_groups[0]["lr"])
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                history.add(step, value, optimizer.param_groups[0]["lr"])
+                bar.set_postfix_str(f"loss {value:.3f}", refresh=False)
                 bar.update()
                 if (step + 1) % validate_every == 0 and step + 1 < steps:
                     history.validate(step + 1, parallel, held_out)
@@ -92,9 +97,3 @@ def fit(
     history.bytes = training_bytes(model, optimizer)
     model.zero_grad()
     return history
-
-
-def _bar(steps: int, description: str, progress: bool) -> Any:
-    from tqdm import tqdm  # here, because it takes a fifth of minilora's import time
-
-    return tqdm(total=steps, desc=description, disable=not progress, leave=False, unit="step")

@@ -14,7 +14,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
@@ -27,6 +27,8 @@ from minilora.train.blas import blas_threads
 from minilora.train.mode import evaluating
 
 Batch = tuple[np.ndarray, np.ndarray]  # ids and targets, both (B, T)
+# (model, ids, targets) -> the mean loss over the targets, and its gradient for `model.backward`
+Loss = Callable[[Module, np.ndarray, np.ndarray], tuple[float, np.ndarray]]
 
 MOST_THREADS = 4
 FLOPS_FOR_A_THREAD = 5e8  # with less work than this, sharing costs more than it saves
@@ -58,7 +60,8 @@ def can_start_threads() -> bool:
 
 def replicate(model: M) -> M:
     """Return a copy that shares the weights but has caches, gradients and dropout of its own."""
-    memo = {id(p.data): p.data for p in model.parameters()}  # so deepcopy shares the weights
+    # so that deepcopy shares the weights; quantised ones are shared as they are
+    memo = {id(p.data): p.data for p in model.parameters() if type(p) is Parameter}
     memo |= {id(p.grad): None for p in model.parameters()}
     memo |= {id(module._cache): None for _, module in model.named_modules()}
     twin = copy.deepcopy(model, memo)
@@ -82,9 +85,12 @@ def follow(twin: Module, model: Module) -> bool:
         mine = vars(copied)
         for key, value in vars(module).items():
             if isinstance(value, Parameter):
-                if not isinstance(mine.get(key), Parameter):
+                if type(mine.get(key)) is not type(value):
                     return False
-                mine[key].data, mine[key].requires_grad = value.data, value.requires_grad
+                if type(value) is not Parameter:
+                    mine[key] = value  # quantised: never changes
+                else:
+                    mine[key].data, mine[key].requires_grad = value.data, value.requires_grad
             elif isinstance(value, (int, float, str, np.generic)) and key != "training":
                 mine[key] = value
             elif value is None and mine.get(key) is not None and key != "_cache":
@@ -99,12 +105,15 @@ class DataParallel:
     ----------
     model : its gradients are filled as by one `model.backward`
     threads : 1 or more; with 1 nothing is copied. None: as many as pay off for each batch
+    loss : what is computed of each share of a batch
     """
 
-    def __init__(self, model: Module, threads: int | None = None):
+    def __init__(
+        self, model: Module, threads: int | None = None, loss: Loss | None = None
+    ):
         if threads is not None:
             check_sizes("DataParallel", threads=threads)
-        self.threads = threads
+        self.threads, self.loss = threads, loss or next_token_loss
         self.models = [model]  # and its replicas, made when needed
         self._resources = contextlib.ExitStack()
 
@@ -126,13 +135,13 @@ class DataParallel:
         for twin in models[1:]:
             twin.zero_grad()
         if len(models) == 1 or not total:  # without targets, cross_entropy raises
-            return _work(models[0], ids, targets, 1.0)
+            return self._work(models[0], ids, targets, 1.0)
         parts = zip(np.array_split(ids, len(models)), np.array_split(targets, len(models)),
                     strict=True)
         parts = [(x, t) for x, t in parts if num_targets(t)]
         shares = [(model, x, t, num_targets(t) / total)
                   for model, (x, t) in zip(models, parts, strict=False)]
-        loss = sum(self.pool.map(_work, *zip(*shares, strict=True)))
+        loss = sum(self.pool.map(self._work, *zip(*shares, strict=True)))
         for twin in models[1:]:
             for p, q in zip(models[0].parameters(), twin.parameters(), strict=True):
                 if q.grad is not None:
@@ -147,8 +156,20 @@ class DataParallel:
         with evaluating(*models):
             shares = [batches[i :: len(models)] for i in range(len(models))]
             run = self.pool.map if len(models) > 1 else map
-            total = sum(run(_total_loss, models, shares))
+            total = sum(run(self._total_loss, models, shares))
         return total / sum(num_targets(targets) for _, targets in batches)
+
+    def _work(
+        self, model: Module, ids: np.ndarray, targets: np.ndarray, share: float
+    ) -> float:
+        loss, dlogits = self.loss(model, ids, targets)
+        dlogits *= share
+        model.backward(dlogits)
+        return loss * share
+
+    def _total_loss(self, model: Module, batches: list[Batch]) -> float:
+        return sum(self.loss(model, ids, targets)[0] * num_targets(targets)
+                   for ids, targets in batches)
 
     def _models(self, batches: list[Batch]) -> list[Module]:
         """Return the model and one replica for each further thread."""
@@ -167,17 +188,11 @@ class DataParallel:
         return self.models[:threads]
 
 
-def _work(model: Module, ids: np.ndarray, targets: np.ndarray, share: float) -> float:
-    loss, dlogits = cross_entropy(model(ids), targets)
-    dlogits *= share
-    model.backward(dlogits)
-    return loss * share
-
-
-def _total_loss(model: Module, batches: list[Batch]) -> float:
-    return sum(
-        cross_entropy(model(ids), targets)[0] * num_targets(targets) for ids, targets in batches
-    )
+def next_token_loss(
+    model: Module, ids: np.ndarray, targets: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Return the cross-entropy of model(ids) at the targets that are not IGNORE_INDEX."""
+    return cross_entropy(model(ids), targets)
 
 
 def num_targets(targets: np.ndarray) -> int:
