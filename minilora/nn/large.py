@@ -1,0 +1,89 @@
+"""What models need that are large for their machine: heads in blocks, forwards run again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minilora.nn.fast import matmul
+from minilora.nn.layers import Dropout, Embedding, TiedHead
+from minilora.nn.module import Module, Parameter
+from minilora.nn.quantized import QuantizedParameter
+from minilora.nn.validate import check_dout, check_width, token_ids
+
+HEAD_BLOCK = 8192  # words of the vocabulary
+
+
+def rows_of(weight: Parameter, index: Any) -> np.ndarray:
+    """Return weight.data[index]; of a quantised table, only these rows are computed."""
+    return weight.at(index) if isinstance(weight, QuantizedParameter) else weight.data[index]
+
+
+class LargeEmbedding(Embedding):
+    """An Embedding whose table may be quantised: ids (...) -> y (..., embedding_dim)."""
+
+    def forward(self, ids: np.ndarray) -> np.ndarray:
+        """Integer ids (...) -> y (..., embedding_dim). Raises ValueError for ids out of range."""
+        ids = token_ids(ids, self.weight.shape[0])
+        self._save(ids)
+        return np.ascontiguousarray(rows_of(self.weight, ids))
+
+
+class BlockedHead(TiedHead):
+    """y = x Wᵀ with the W of an embedding, for `HEAD_BLOCK` words at a time while W is frozen.
+
+    A vocabulary is large. If its embeddings are quantised, W is never there as a whole.
+    """
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """x (..., C) -> y (..., V). Raises ValueError for other widths."""
+        if self.weight.requires_grad:
+            return super().forward(x)
+        x = check_width(self, x, self.weight.shape[1], self.weight.dtype)
+        y = np.empty((*x.shape[:-1], self.weight.shape[0]), x.dtype)
+        for words in self._blocks():
+            y[..., words] = matmul(x, rows_of(self.weight, words).T)
+        self._save(None, y.shape)
+        return y
+
+    def backward(self, dout: np.ndarray) -> np.ndarray:
+        """dx = dout W."""
+        if self.weight.requires_grad:
+            return super().backward(dout)
+        _, shape = self._take()
+        dout = check_dout(self, dout, shape, self.weight.dtype)
+        dx = np.zeros((*shape[:-1], self.weight.shape[1]), dout.dtype)
+        for words in self._blocks():
+            dx += matmul(dout[..., words], rows_of(self.weight, words))
+        return dx
+
+    def _blocks(self) -> Iterator[slice]:
+        for start in range(0, self.weight.shape[0], HEAD_BLOCK):
+            yield slice(start, start + HEAD_BLOCK)
+
+
+def forget(module: Module) -> None:
+    """Discard what forwards have kept for backward, here and below."""
+    for _, part in module.named_modules():
+        vars(part)["_cache"] = None
+
+
+class Rerun:
+    """The input of a layer, and the state of its dropout, so that its forward can be run again."""
+
+    def __init__(self, layer: Module, x: np.ndarray):
+        self.layer, self.x = layer, x
+        parts = [module for _, module in layer.named_modules()]
+        rngs = [part.rng for part in parts if isinstance(part, Dropout) and part.p > 0.0]
+        self.states = {rng.bit_generator: rng.bit_generator.state for rng in rngs}
+
+    def run(self) -> None:
+        """Run the forward again, with the same dropout as before."""
+        later = {generator: generator.state for generator in self.states}
+        for generator, state in self.states.items():
+            generator.state = state
+        self.layer(self.x)
+        for generator, state in later.items():
+            generator.state = state

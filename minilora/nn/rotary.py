@@ -1,0 +1,68 @@
+"""Rotary positions: Su et al. 2021, "RoFormer", arXiv:2104.09864, equations 15 and 34.
+
+Queries and keys are turned by angles that grow with their position. Attention takes their scalar
+product, which depends on the difference of the angles only: positions act as distances.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minilora.nn.validate import check_sizes
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's way to longer contexts: slow rotations are slowed down `factor` times.
+
+    Positions turn a pair fast if it makes more than `high_freq_factor` turns within
+    `original_context_length`, slowly if fewer than `low_freq_factor`; in between it is a mixture.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context_length: int
+
+    def __post_init__(self) -> None:
+        numbers = self.factor, self.low_freq_factor, self.high_freq_factor
+        if not all(0.0 < number < math.inf for number in numbers) or (
+                self.low_freq_factor >= self.high_freq_factor):
+            raise ValueError("rope scaling needs factors above 0, with low_freq_factor below "
+                             f"high_freq_factor, got {self}")
+        check_sizes("RopeScaling", original_context_length=self.original_context_length)
+
+
+def rope_frequencies(
+    head_dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None
+) -> np.ndarray:
+    """Return by how much one position turns each pair of channels: theta^(-2i / D), (D / 2,)."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    if (s := scaling) is None:
+        return frequencies
+    turns = s.original_context_length * frequencies / (2.0 * math.pi)
+    fast = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    fast = np.clip(fast, 0.0, 1.0)
+    return fast * frequencies + (1.0 - fast) * frequencies / s.factor
+
+
+def rope_tables(
+    positions: np.ndarray, frequencies: np.ndarray, dtype: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return cosine and sine of position times frequency: (..., T) -> two (..., T, D / 2)."""
+    angles = np.asarray(positions)[..., None] * frequencies
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Turn each pair of channels (i, i + D/2) by its angle: x (..., T, D) -> (..., T, D).
+
+    A rotation by the opposite angle is the inverse, and the transpose: with -sin, this is backward.
+    (q turned by s) · (k turned by t) depends on s - t only: positions act as distances.
+    """
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
