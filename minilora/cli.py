@@ -17,6 +17,7 @@ from minilora.data.generate import sample_tokens
 from minilora.data.tokenizer import CharTokenizer
 from minilora.exercises import grade
 from minilora.files.checkpoint import load_base, load_checkpoint, save_checkpoint
+from minilora.files.gguf import describe_gguf, is_gguf
 from minilora.files.gpt2 import from_hf_gpt2
 from minilora.files.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from minilora.files.peft_read import describe_adapter, load_adapter
@@ -204,16 +205,17 @@ def generate_command(args: argparse.Namespace) -> None:
 
 def info_options(parser: Parser) -> None:
     """Add the argument of `minilora info`."""
-    parser.add_argument("path", help="folder of an adapter, or a safetensors file")
+    parser.add_argument("path", help="folder of an adapter, or a safetensors or GGUF file")
 
 
 def info_command(args: argparse.Namespace) -> None:
-    """Print the contents of an adapter or a checkpoint."""
+    """Print the contents of an adapter, a checkpoint or a GGUF file."""
     path = Path(args.path)
     if path.is_dir() and not (path / CONFIG_FILE).exists() and (path / "config.json").exists():
         path /= "model.safetensors"  # a model saved by transformers
     is_adapter = path.is_dir() or path.name in (CONFIG_FILE, WEIGHTS_FILE)
-    print(describe_adapter(path) if is_adapter else describe_safetensors(path))
+    print(describe_adapter(path) if is_adapter else
+          describe_gguf(path) if is_gguf(path) else describe_safetensors(path))
 
 
 def merge_options(parser: Parser) -> None:
@@ -303,7 +305,7 @@ def build_parser() -> Parser:
                     "and with LoRA; print a table, write figures"),
         "pretrain": (pretrain_options, pretrain_command, "train a base model on the docs corpus"),
         "generate": (generate_options, generate_command, "continue a text with a model"),
-        "info": (info_options, info_command, "show what is in an adapter or a checkpoint"),
+        "info": (info_options, info_command, "show what is in an adapter, checkpoint or GGUF file"),
         "merge": (merge_options, merge_command, "merge an adapter into a base for good"),
         "count": (count_options, count_command,
                   "count the parameters of a published model and of LoRA"),
