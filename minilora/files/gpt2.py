@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from minilora.files.checkpoint import build_gpt, check_plain
-from minilora.files.safetensors import load_safetensors
-from minilora.files.settings import read_json, refuse_settings
-from minilora.files.together import load_pair, save_pair
+from minilora.files.hf_folder import HF_CONFIG, HF_WEIGHTS, Arrays, read_folder
+from minilora.files.settings import refuse_settings
+from minilora.files.together import save_pair
 from minilora.nn.gpt import GPT, GPTConfig
 from minilora.nn.layers import Linear
 from minilora.nn.validate import CheckpointError, float_dtype
@@ -27,8 +27,6 @@ HF_NAMES = {
 }
 HF_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three names of the tanh form
 HF_BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, stored by older versions
-HF_CONFIG, HF_WEIGHTS = "config.json", "model.safetensors"
-Arrays = dict[str, np.ndarray]
 
 
 # ---- Names
@@ -91,7 +89,7 @@ def from_hf_gpt2(folder: str | Path, dtype: Any = np.float32) -> GPT:
         If a file is missing.
     """
     folder, dtype = Path(folder), float_dtype(dtype)
-    settings, stored = _read_files(folder)
+    settings, stored = read_folder(folder)
     config = _config(folder / HF_CONFIG, settings)
     tensors = _without_prefix(stored, folder)
     score = tensors.pop("score.weight", None)
@@ -133,34 +131,6 @@ def _config(path: Path, hf: dict[str, Any]) -> GPTConfig:
         )
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not describe a GPT-2: {error}") from None
-
-
-def _read_files(folder: Path) -> tuple[dict[str, Any], Arrays]:
-    """Read config.json, and model.safetensors or all the shards that its index names."""
-    index = folder / f"{HF_WEIGHTS}.index.json"
-    if (folder / HF_WEIGHTS).exists() or not index.exists():
-        return load_pair(folder / HF_WEIGHTS, folder / HF_CONFIG)
-    return read_json(folder / HF_CONFIG), _read_shards(folder, index)
-
-
-def _read_shards(folder: Path, index: Path) -> Arrays:
-    """Read all the shards that an index names."""
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-        isinstance(shard, str) and Path(shard).name == shard and shard.endswith(".safetensors")
-        and shard.isprintable() for shard in shards.values()
-    ):
-        raise CheckpointError(f"{index}: weight_map must map names to files of this folder")
-    tensors: Arrays = {}
-    for shard in sorted(set(shards.values())):
-        part = load_safetensors(folder / shard)
-        if twice := sorted(set(tensors) & set(part)):
-            raise CheckpointError(f"{index}: {twice[0]} is in two shards")
-        tensors |= part
-    if set(tensors) != set(shards):
-        odd = sorted(set(tensors) ^ set(shards))
-        raise CheckpointError(f"{index} and its shards disagree on {', '.join(odd[:5])}")
-    return tensors
 
 
 def _without_prefix(stored: Arrays, folder: Path) -> Arrays:

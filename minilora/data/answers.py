@@ -1,0 +1,110 @@
+"""Fine-tuning on prompts and answers: the loss counts the tokens of the answers only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from minilora.nn.functional import IGNORE_INDEX, cross_entropy
+from minilora.nn.module import Module
+from minilora.nn.validate import Rng, check_sizes, make_rng
+from minilora.train.parallel import Batch
+
+
+def answer_loss(
+    model: Module, ids: np.ndarray, targets: np.ndarray, first: int = 0
+) -> tuple[float, np.ndarray]:
+    """Return the mean loss in nats over the targets, and its gradient: a `loss` for `fit`.
+
+    Logits are computed only where there is a target, and columns behind the last one are dropped.
+
+    Parameters
+    ----------
+    model
+        A Llama.
+    ids
+        Token ids (B, T), or if `first` is above 0, what `Llama.states` returned for that layer.
+    targets
+        (B, T), with IGNORE_INDEX where no token of an answer is predicted.
+    first
+        The first layer to run.
+
+    Returns
+    -------
+    loss
+        In nats per target.
+    dlogits
+        (n, V) for the n targets.
+    """
+    where = targets != IGNORE_INDEX
+    end = int(np.flatnonzero(where.any(axis=0))[-1]) + 1
+    where = where[:, :end]
+    return cross_entropy(model(ids[:, :end], where, first), targets[:, :end][where])
+
+
+def pad(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    """Put sequences of different lengths into one batch.
+
+    Padding is on the right, where no position before it looks, and has no targets. So each row
+    computes what it would compute alone.
+
+    Parameters
+    ----------
+    examples
+        Pairs (inputs, targets), with inputs (T,) token ids or (T, C) states, and targets (T,).
+
+    Returns
+    -------
+    inputs
+        (B, T) or (B, T, C), with zeros behind the end of a row.
+    targets
+        (B, T), with IGNORE_INDEX there.
+    """
+    longest = max(len(targets) for _, targets in examples)
+    first = examples[0][0]
+    inputs = np.zeros((len(examples), longest, *first.shape[1:]), first.dtype)
+    targets = np.full((len(examples), longest), IGNORE_INDEX)
+    for i, (x, t) in enumerate(examples):
+        inputs[i, : len(x)], targets[i, : len(t)] = x, t
+    return inputs, targets
+
+
+def example(prompt: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (ids, targets), both (T,): the answer's tokens are targets, the prompt's are not."""
+    prompt, answer = np.asarray(prompt), np.asarray(answer)
+    if not len(prompt) or not len(answer):
+        raise ValueError("a prompt and an answer must have at least one token each")
+    targets = np.concatenate([np.full(len(prompt) - 1, IGNORE_INDEX), answer])
+    return np.concatenate([prompt, answer])[:-1], targets
+
+
+def shuffled_batches(
+    examples: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int, rng: Rng = 0
+) -> Iterator[Batch]:
+    """Yield batches of examples without end, in a new order each time that all were used.
+
+    What does not fill the last batch of an order is left out of it.
+
+    Parameters
+    ----------
+    examples
+        Pairs (inputs, targets), as `pad` takes them.
+    batch_size
+        B, the examples of a batch.
+    rng
+        A numpy Generator, a seed, or None for a fresh seed.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer examples than `batch_size`.
+    """
+    check_sizes("shuffled_batches", batch_size=batch_size)
+    if len(examples) < batch_size:
+        raise ValueError(f"{len(examples)} examples are too few for batches of {batch_size}")
+    rng, order = make_rng(rng), []
+    while True:
+        if len(order) < batch_size:
+            order = rng.permutation(len(examples)).tolist()
+        yield pad([examples[order.pop()] for _ in range(batch_size)])
