@@ -17,6 +17,7 @@ from minilora.lora.adapter import Adapter, Factors, by_module
 from minilora.lora.surgery import base_modules
 from minilora.nn.gpt import GPT
 from minilora.nn.layers import Embedding, Linear, TiedHead
+from minilora.nn.llama import Llama
 from minilora.nn.module import Module, Parameter
 from minilora.nn.validate import CheckpointError
 
@@ -32,10 +33,10 @@ def linear_names(base: Modules) -> list[str]:
     return [name for name, module in base.items() if isinstance(module, Linear)]
 
 
-def base_parameters(base: Modules) -> Arrays:
-    """Return {dotted name: array, not copied} for every parameter of the modules of a base."""
+def base_parameters(base: Modules) -> dict[str, Parameter]:
+    """Return {dotted name: Parameter} for the modules of a base."""
     return {
-        f"{path}.{kind}": value.data
+        f"{path}.{kind}": value
         for path, module in base.items()
         for kind, value in vars(module).items() if isinstance(value, Parameter)
     }
@@ -54,11 +55,11 @@ def complete(model: Module, adapter: Adapter) -> Adapter:
     saved, base = adapter.saved, base_modules(model)
     rule = {"modules_to_save": whole_modules(saved), "bias": which_biases(adapter)}
     added: Arrays = {}
-    for name, array in base_parameters(base).items():
+    for name, parameter in base_parameters(base).items():
         module, _, kind = name.rpartition(".")
-        is_head = module == "lm_head" and isinstance(model, GPT)  # has what it has
+        is_head = module == "lm_head" and _embedding(model)  # has what it has
         if not is_head and stored_whole(rule, module, kind, module in adapter.layers):
-            added[name] = array
+            added[name] = parameter.data
     return Adapter(adapter.layers, added | saved, adapter.dropout)
 
 
@@ -78,35 +79,42 @@ def which_biases(adapter: Adapter) -> str:
 
 
 def with_stored_head(model: Module, adapter: Adapter) -> Adapter:
-    """Store a tied wte as the head as well, since PEFT does not tie what it saves.
+    """Store a tied embedding as the head as well, since PEFT does not tie what it saves.
 
-    The adapter is returned unchanged if it has no wte, or if the model's head is not tied.
+    The adapter is returned unchanged if it has no embedding, or if the model's head is not tied.
     """
-    tied = isinstance(model, GPT) and isinstance(model.lm_head, TiedHead)
-    if not tied or "wte.weight" not in adapter.saved:
+    table = _embedding(model)
+    if table not in adapter.saved or not isinstance(model.lm_head, TiedHead):
         return adapter
-    head = {"lm_head.weight": adapter.saved["wte.weight"].T}
+    head = {"lm_head.weight": adapter.saved[table].T}
     return Adapter(adapter.layers, adapter.saved | head, adapter.dropout)
 
 
+def _embedding(model: Module) -> str:
+    """Return the name of the table that a tied head shares; "" for other models."""
+    return ("wte.weight" if isinstance(model, GPT) else
+            "model.embed_tokens.weight" if isinstance(model, Llama) else "")
+
+
 def _without_tied_head(model: Module, base: Modules, saved: Arrays) -> tuple[Arrays, bool]:
-    """Return what is stored without a head that is wte, and whether the base's head was added."""
-    if not (isinstance(model, GPT) and model.config.tie_weights and "wte.weight" in saved):
+    """Return what is stored without a head that is tied, and whether the base's was added."""
+    table = _embedding(model)
+    if table not in saved or not model.config.tie_weights:
         return saved, False
-    stored = "lm_head.weight" in saved  # if it is not, PEFT's head remains the base's wte
-    head = saved["lm_head.weight"] if stored else base_parameters(base)["wte.weight"].T
+    stored = "lm_head.weight" in saved  # if it is not, PEFT's head remains the base's embedding
+    head = saved["lm_head.weight"] if stored else base_parameters(base)[table].data.T
     rest = {name: array for name, array in saved.items() if name != "lm_head.weight"}
-    if np.array_equal(head.T, saved["wte.weight"]):
+    if np.array_equal(head.T, saved[table]):
         return rest, False
     return rest | {"lm_head.weight": head}, not stored
 
 
 def _refuse_tied_target(model: Module, linears: list[str], adapter: Adapter) -> None:
     """Raise CheckpointError if the adapter is for a head that is tied."""
-    tied = isinstance(model, GPT) and model.config.tie_weights and "lm_head" not in linears
+    tied = _embedding(model) and model.config.tie_weights and "lm_head" not in linears
     if tied and "lm_head" in adapter.layers:
-        raise CheckpointError("lm_head is a target, but the head of this model is tied to wte: it "
-                              "has no matrix of its own to adapt")
+        raise CheckpointError("lm_head is a target, but the head of this model is tied to its "
+                              "embedding: it has no matrix of its own to adapt")
 
 
 # ---- Translation
@@ -232,9 +240,9 @@ def _put(place: dict[str, Any], name: str, value: Any) -> None:
 # ---- Checks
 
 
-def _check_base(parameters: Arrays, name: str, array: np.ndarray) -> None:
+def _check_base(parameters: dict[str, Parameter], name: str, array: np.ndarray) -> None:
     """Check that a parameter of the base that PEFT stored is equal to the model's."""
-    if name not in parameters or not np.array_equal(parameters[name], array):
+    if name not in parameters or not np.array_equal(parameters[name].data, array):
         raise CheckpointError(f"the file has the base's own {name} as well, and it differs from "
                               "this model's (another base, or one in half precision)")
 

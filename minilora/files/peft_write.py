@@ -29,6 +29,7 @@ from minilora.lora.adapter import Adapter, Factors, by_module, check_fits, get_a
 from minilora.lora.dora import column_norms
 from minilora.lora.surgery import base_modules
 from minilora.nn.gpt import GPT
+from minilora.nn.llama import Llama
 from minilora.nn.module import Module
 from minilora.nn.validate import CheckpointError
 
@@ -62,7 +63,8 @@ def save_adapter(model: Module, path: str | Path) -> None:
         name: array if array.ndim < 2 or is_embedding(base, name) else array.T
         for name, array in adapter.saved.items()
     }
-    settings = {"fan_in_fan_out": False, "task_type": None}
+    task = "CAUSAL_LM" if isinstance(model, Llama) else None  # our names are those of transformers
+    settings = {"fan_in_fan_out": False, "task_type": task}
     adapter = Adapter(adapter.layers, saved, adapter.dropout)
     _write(model, adapter, Path(path), linear_names(base), settings)
 
@@ -70,8 +72,10 @@ def save_adapter(model: Module, path: str | Path) -> None:
 # ---- Under the names of transformers
 
 
-def save_peft(model: GPT, path: str | Path) -> None:
+def save_peft(model: GPT | Llama, path: str | Path) -> None:
     """Write the adapter that is on a GPT, for PEFT on the GPT-2 of transformers.
+
+    A Llama has the names of transformers already, so for it this is `save_adapter`.
 
     q, k and v become c_attn, without approximation. If they have the same A, the rank stays; if
     not, it is the sum of their ranks. A new head becomes `score`, the head of
@@ -87,15 +91,17 @@ def save_peft(model: GPT, path: str | Path) -> None:
     Raises
     ------
     TypeError
-        If the model is not a GPT.
+        If the model is not a GPT or a Llama.
     ValueError
         As `save_adapter`, or if a new head has a bias.
     """
+    if isinstance(model, Llama):
+        return save_adapter(model, path)
     if not isinstance(model, GPT):
-        raise TypeError(f"save_peft is for a GPT, got {type(model).__name__}")
+        raise TypeError(f"save_peft is for a GPT or a Llama, got {type(model).__name__}")
     adapter = _storable(model)
     base = base_modules(model)
-    parameters = base_parameters(base)
+    parameters = {name: parameter.data for name, parameter in base_parameters(base).items()}
     shared = {id(base[path]): f for path, f in adapter.layers.items()}  # a layer in two places
     everywhere = {path: shared[id(m)] for path, m in base.items() if id(m) in shared}
     layers = _fused_layers(everywhere, parameters)

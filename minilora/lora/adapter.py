@@ -29,6 +29,7 @@ from minilora.lora.surgery import (
 from minilora.lora.wrap import remove_lora
 from minilora.nn.gpt import GPT
 from minilora.nn.layers import Linear
+from minilora.nn.llama import Llama
 from minilora.nn.module import M, Module, Parameter
 from minilora.nn.validate import CheckpointError, Rng, closest, make_rng
 
@@ -140,7 +141,7 @@ def get_adapter(model: Module) -> Adapter:
         if inside(path, wrapped) and path not in wrapped:
             continue
         module = outer.module if isinstance(outer, ModuleToSave) else outer
-        if path == "lm_head" and isinstance(model, GPT) and replaced_head(model):
+        if path == "lm_head" and isinstance(model, (GPT, Llama)) and replaced_head(model):
             head = module.to_linear() if isinstance(module, LinearWithLoRA) else module
             if not isinstance(head, Linear):
                 raise ValueError(f"the head was replaced by {head.title()}: an adapter can hold a "
@@ -160,8 +161,8 @@ def get_adapter(model: Module) -> Adapter:
     return Adapter(layers, saved, dropout)
 
 
-def replaced_head(model: GPT) -> bool:
-    """Return whether the head, without any LoRA on it, is not the one that GPT made."""
+def replaced_head(model: GPT | Llama) -> bool:
+    """Return whether the head, without any LoRA on it, is not the one it was made with."""
     return not getattr(unwrapped(model.lm_head), "of_config", False)
 
 
@@ -225,7 +226,7 @@ def attach(model: M, adapter: Adapter) -> M:
         own = {name: Parameter(np.asarray(a, dtype)) for name, a in arrays.items()}
         module = original
         if own:
-            is_head = path == "lm_head" and isinstance(model, GPT)
+            is_head = path == "lm_head" and isinstance(model, (GPT, Llama))
             module = _copy_with(original, own, is_head)
         if path in adapter.layers:
             assert isinstance(module, Linear)  # checked by _misfits
@@ -307,7 +308,7 @@ def _misfits(model: Module, base: dict[str, Module], adapter: Adapter) -> list[s
     faults += [f"{name} has nan or inf" for name, array in adapter.saved.items()
                if not _is_finite(array, dtype)]
     for path, arrays in by_module(adapter.saved).items():
-        if path == "lm_head" and isinstance(model, GPT):
+        if path == "lm_head" and isinstance(model, (GPT, Llama)):
             faults += _head_misfits(model.config.d_model, arrays)
             continue
         own = vars(base[path]) if path in base else {}

@@ -262,6 +262,7 @@ class Llama(Module):
         self.model = LlamaModel(c, dtype, rng)
         self.lm_head: Module = (BlockedHead(self.model, "embed_tokens") if c.tie_weights else
                                 Linear(c.d_model, c.vocab_size, False, dtype, rng))
+        vars(self.lm_head)["of_config"] = True  # a head that replaces it belongs to a task
         for p in self.parameters():
             if p.data.ndim == 2:
                 rng.standard_normal(dtype=p.dtype, out=p.data)
