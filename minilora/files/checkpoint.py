@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -160,6 +160,20 @@ def build_gpt(config: GPTConfig, tensors: dict[str, np.ndarray], dtype: Any) -> 
     return model
 
 
+@overload
+def load_base(name: Literal["base", "small"] = "base", dtype: Any = np.float32) -> GPT: ...
+
+
+@overload
+def load_base(
+    name: Literal["smollm2"], dtype: Any = np.float32, quantized: bool = True
+) -> Llama: ...
+
+
+@overload
+def load_base(name: str, dtype: Any = np.float32, quantized: bool = True) -> Any: ...
+
+
 def load_base(name: str = "base", dtype: Any = np.float32, quantized: bool = True) -> GPT | Llama:
     """Load a base model: a shipped one, or a language model that is installed beside this library.
 
@@ -184,6 +198,6 @@ def load_base(name: str = "base", dtype: Any = np.float32, quantized: bool = Tru
         return load_gguf(find_smollm2() if name == "smollm2" else name, dtype, quantized)
     known = sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
     if name not in known:
-        raise ValueError(f"the models are {', '.join([*known, 'smollm2'])}; got {name!r}"
-                         f"{closest(str(name), [*known, 'smollm2'])}")
+        raise ValueError(f"the models are smollm2 and {', '.join(known) or 'no others'}; got "
+                         f"{name!r}{closest(str(name), [*known, 'smollm2'])}")
     return load_checkpoint(WEIGHTS / f"{name}.safetensors", dtype)

@@ -17,7 +17,7 @@ from minilora.files.settings import refuse_settings
 from minilora.files.together import save_pair
 from minilora.lora.surgery import wrappers
 from minilora.nn.llama import GroupedQueryAttention, Llama, LlamaConfig, RMSNorm, RopeScaling
-from minilora.nn.module import Module, Parameter
+from minilora.nn.module import Parameter
 from minilora.nn.validate import CheckpointError, float_dtype
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -64,8 +64,7 @@ def build_llama(config: LlamaConfig, parameters: dict[str, Parameter], source: A
     model = _smallest(config)
     for name, parameter in parameters.items():
         path = name.removesuffix(".weight").split(".")
-        module: Module = functools.reduce(getattr, path, model)
-        module.weight = parameter
+        setattr(functools.reduce(getattr, path, model), "weight", parameter)  # noqa: B010
     return model
 
 

@@ -39,8 +39,7 @@ def replace_linear_with_lora(
 
     Layers that are already wrapped are left alone, so repeating a call changes nothing, but it
     freezes their base again. All arguments are checked before anything is changed. Warns if a call
-    adds nothing, but asks for other settings, and of a rank above min(in, out) of every target; in
-    one narrow layer, such as a two-class head, that is hard to avoid.
+    adds nothing, but asks for other settings, and of a rank above min(in, out) of every target.
 
     Parameters
     ----------
@@ -77,10 +76,9 @@ def replace_linear_with_lora(
 
 
 def lora_state_dict(model: Module) -> dict[str, np.ndarray]:
-    """Return {dotted name: a copy of the array} for the whole task.
+    """Return {dotted name: a copy of the array}: A (in, rank), B (rank, out), saved modules, ...
 
-    It has A (in, rank) and B (rank, out), DoRA's magnitudes (out,), and the saved modules.
-    `model.load_state_dict(task, strict=False)` restores it.
+    `model.load_state_dict(task, strict=False)` restores the task.
     """
     return {name: parameter.data.copy() for name, parameter in task_parameters(model).items()}
 
@@ -90,9 +88,8 @@ def merge_lora(model: M, unload: bool = False) -> M:
 
     Parameters
     ----------
-    unload : if True, replace the layers by plain Linears. A and B are discarded, saved modules
-        replace the base's, and the model can be saved like any other. If False, `unmerge_lora`
-        undoes the merge.
+    unload : if True, replace the layers by plain Linears and discard A and B; saved modules
+        replace the base's. If False, `unmerge_lora` undoes the merge.
 
     Raises
     ------

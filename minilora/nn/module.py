@@ -27,6 +27,7 @@ class Parameter:
     """
 
     __slots__ = ("data", "grad", "requires_grad")  # so that a typo such as `.gard` raises
+    unlock = "unmerge_lora"  # what makes read-only data writable
 
     def __init__(self, data: Any, requires_grad: bool = True):
         data = np.asarray(data)
@@ -219,7 +220,7 @@ class Module:
         arrays = {name: np.asarray(state[name]) for name in parameters if name in state}
         faults = [f"{name}: expected shape {parameters[name].shape}, got {array.shape}"
                   for name, array in arrays.items() if array.shape != parameters[name].shape]
-        faults += [f"{name} is read-only: quantised, or merged (unmerge_lora first)"
+        faults += [f"{name} is read-only: {parameters[name].unlock} first"
                    for name in arrays if not parameters[name].data.flags.writeable]
         if strict:
             faults = [f"missing: {name}" for name in keys.missing] + faults
@@ -301,11 +302,10 @@ def _sealing(init: Callable[..., None]) -> Callable[..., None]:
         outermost = "_building" not in vars(self)  # and not called by that of a subclass
         vars(self)["_building"] = True
         init(self, *args, **kwargs)
-        if not outermost:
-            return
-        del vars(self)["_building"]
-        list(self.named_children())  # for its error
-        self._sealed = True
+        if outermost:
+            del vars(self)["_building"]
+            list(self.named_children())  # for its error
+            self._sealed = True
 
     return constructor
 

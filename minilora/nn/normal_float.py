@@ -27,7 +27,7 @@ def normal_float(offset: float = 0.9677083) -> np.ndarray:
         p = np.where(i < (n + 1) // 2, first + step * i, half - step * (n - i))
         return [NormalDist().inv_cdf(float(x)) for x in p]
 
-    values = np.float32(sorted([*(-x for x in quantiles(7)), 0.0, *quantiles(8)]))
+    values = np.array(sorted([*(-x for x in quantiles(7)), 0.0, *quantiles(8)]), np.float32)
     return values / values.max()
 
 

@@ -37,6 +37,7 @@ class QuantizedParameter(Parameter):
     """
 
     __slots__ = ("parts", "in_features", "transposed", "shape", "size", "dtype", "nbytes")
+    unlock = "dequantize"
     block: int
     encode: Callable[..., Parts]
     decode: Callable[..., None]
@@ -46,8 +47,9 @@ class QuantizedParameter(Parameter):
     ):
         self.parts, self.in_features, self.transposed = parts, in_features, transposed
         shape = in_features, parts["q"].shape[-1]
-        self.shape, self.size = shape[::-1] if transposed else shape, shape[0] * shape[1]
-        self.dtype, self.grad = float_dtype(dtype), None
+        self.shape = shape[::-1] if transposed else shape  # type: ignore[misc]
+        self.size = shape[0] * shape[1]  # type: ignore[misc]
+        self.dtype, self.grad = float_dtype(dtype), None  # type: ignore[misc]
         self.nbytes = sum(part.nbytes for part in parts.values())
 
     @classmethod
@@ -101,7 +103,7 @@ class QuantizedParameter(Parameter):
             raise TypeError(f"a weight in {type(self).__name__} cannot be trained: dequantize it")
 
     def astype(self, dtype: Any) -> None:
-        self.dtype = np.dtype(dtype)
+        self.dtype = np.dtype(dtype)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from minilora.nn.module import Module
 from minilora.nn.validate import check_sizes
@@ -75,11 +76,9 @@ def fit(
     check_trainable(model, optimizer)
     check_sizes("fit", steps=steps, validate_every=validate_every)
     history, held_out = History(), None if validation is None else list(validation)
-    from tqdm import tqdm  # here, because it takes a fifth of minilora's import time
-
-    bar = tqdm(total=steps, desc=description, disable=not progress, leave=False, unit="step")
     keep_freed_memory()
-    with training(model), bar, DataParallel(model, threads, loss) as parallel:
+    with (training(model), _bar(steps, description, progress) as bar,
+          DataParallel(model, threads, loss) as parallel):
         try:
             history.validate(0, parallel, held_out)
             for step, value in training_steps(
@@ -97,3 +96,9 @@ def fit(
     history.bytes = training_bytes(model, optimizer)
     model.zero_grad()
     return history
+
+
+def _bar(steps: int, description: str, progress: bool) -> Any:
+    from tqdm import tqdm  # here, because it takes a fifth of minilora's import time
+
+    return tqdm(total=steps, desc=description, disable=not progress, leave=False, unit="step")
