@@ -14,6 +14,7 @@ import numpy as np
 
 from minilora.nn.layers import Linear
 from minilora.nn.module import Module, Parameter
+from minilora.nn.quantized import QuantizedParameter
 
 
 class Mergeable(Module):
@@ -83,12 +84,15 @@ class Mergeable(Module):
         vars(self).update(state)
         if self.merged:  # the arrays of a copy are writable, those of a pickle are views of bytes
             for p in self._parameters():
-                p.data = p.data if p.data.flags.owndata else p.data.copy()
+                if type(p) is Parameter:
+                    p.data = p.data if p.data.flags.owndata else p.data.copy()
             self._merged = self._merged[0], self._arrays()
             self._switched(writeable=False)
 
-    def _arrays(self) -> list[np.ndarray]:
-        return [p.data for p in self._parameters()]
+    def _arrays(self) -> list[Any]:
+        """Return the arrays; of a quantised weight, computed at each read, the parts."""
+        return [p.parts if isinstance(p, QuantizedParameter) else p.data
+                for p in self._parameters()]
 
     def _parameters(self) -> list[Parameter]:
         parameters = self.linear.weight, self.linear.bias, *self.task_parameters()
@@ -97,7 +101,8 @@ class Mergeable(Module):
     def _switched(self, writeable: bool) -> None:
         """Lock or unlock the arrays that W' was made of; no backward fits an earlier forward."""
         for array in self._merged[1]:
-            array.flags.writeable = writeable
+            if isinstance(array, np.ndarray):
+                array.flags.writeable = writeable
         for _, module in self.named_modules():
             module._cache = None
 

@@ -11,9 +11,9 @@ from minilora.lora.saved import ModuleToSave
 from minilora.lora.surgery import base_modules, check_tree, inside, lora_layers, wrappers
 from minilora.lora.targets import match_names
 from minilora.nn.layers import Linear
-from minilora.nn.module import M, Module, Parameter
+from minilora.nn.module import M, Module
 from minilora.nn.normal_float import NF4
-from minilora.nn.quantized import Q4_1, Int8, QuantizedParameter
+from minilora.nn.quantized import Q4_1, Int8, QuantizedParameter, in_floats
 from minilora.nn.validate import closest
 
 FORMATS = {"nf4": NF4, "int8": Int8, "q4_1": Q4_1, "q8_0": Int8}
@@ -64,15 +64,8 @@ def dequantize(model: M) -> M:
     Their values stay as they are: what rounding has lost is lost. They are frozen. Raises
     RuntimeError if LoRA layers are merged.
     """
-    _linears(model)
-    new: dict[int, Parameter] = {}
-    for _, module in model.named_modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, QuantizedParameter):
-                if id(value) not in new:
-                    new[id(value)] = Parameter(value.data, requires_grad=False)
-                setattr(module, name, new[id(value)])
-    return model
+    _linears(model)  # for its errors
+    return in_floats(model)
 
 
 def stored_bytes(model: Module) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from minilora.nn.module import Module, Parameter
+from minilora.nn.quantized import in_floats
 
 
 class ModuleToSave(Module):
@@ -20,14 +21,17 @@ class ModuleToSave(Module):
     Parameters
     ----------
     original : the base's module; frozen, and kept for `remove_lora`
-    module : the module to use instead; by default a trainable copy
+    module : the module to use instead; by default a trainable copy, with quantised weights in
+        floating point
     """
 
     def __init__(self, original: Module, module: Module | None = None):
         for given in (original, *([] if module is None else [module])):
             if not isinstance(given, Module):
                 raise TypeError(f"ModuleToSave needs a Module, got {type(given).__name__}")
-        self.module = copy.deepcopy(original).unfreeze() if module is None else module
+        if module is None:
+            module = in_floats(copy.deepcopy(original)).unfreeze()
+        self.module = module
         self.original = original.freeze()
 
     @property

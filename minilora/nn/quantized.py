@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from minilora.nn.module import Parameter
+from minilora.nn.module import M, Parameter
 from minilora.nn.validate import float_dtype
 
 PIECE = 131_072  # weights that are computed at a time: 512 KiB
@@ -25,8 +25,8 @@ Parts = dict[str, np.ndarray]
 class QuantizedParameter(Parameter):
     """A frozen weight whose `data` is computed when it is read, and cannot be written to.
 
-    Copies of a model share it. A subclass is a format: `block` is how many inputs share a scale,
-    `encode` takes w (blocks, block, out), and `decode` fills w (blocks, 2, block / 2, out).
+    Copies of a model share its parts. A subclass is a format: `block` is how many inputs share a
+    scale, `encode` takes w (blocks, block, out), `decode` fills w (blocks, 2, block / 2, out).
 
     Parameters
     ----------
@@ -106,10 +106,22 @@ class QuantizedParameter(Parameter):
         self.dtype = np.dtype(dtype)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
+        return type(self)(self.parts, self.in_features, self.transposed, self.dtype)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.parts, self.in_features, self.transposed, self.dtype)
+
+
+def in_floats(module: M) -> M:
+    """Replace quantised weights, in place, by frozen ones in floating point; return the module."""
+    new: dict[int, Parameter] = {}  # by id: two layers may share a weight
+    for _, part in module.named_modules():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, QuantizedParameter):
+                if id(value) not in new:
+                    new[id(value)] = Parameter(value.data, requires_grad=False)
+                setattr(part, name, new[id(value)])
+    return module
 
 
 def pack(codes: np.ndarray) -> np.ndarray:
