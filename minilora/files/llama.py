@@ -135,9 +135,11 @@ def _hf_config(path: Path, hf: dict[str, Any]) -> LlamaConfig:
             hf["vocab_size"], hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"],
             heads, heads if kv_heads is None else kv_heads,
             hf.get("max_position_embeddings", 2048), hf.get("head_dim") or 0,
-            hf.get("tie_word_embeddings", False), float(hf.get("rope_theta") or theta),
+            hf.get("tie_word_embeddings", False), hf.get("rope_theta") or theta,
             _rope_scaling(path, rope), hf.get("rms_norm_eps", 1e-6),
         )
+    except CheckpointError:
+        raise
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not describe a Llama: {error}") from None
 

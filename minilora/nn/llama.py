@@ -20,7 +20,7 @@ from minilora.nn.functional import causal_mask, rows, softmax, softmax_backward
 from minilora.nn.large import BlockedHead, LargeEmbedding, Rerun, forget
 from minilora.nn.layers import Linear
 from minilora.nn.module import Module, ModuleList, Parameter
-from minilora.nn.rotary import RopeScaling, rope_frequencies, rope_tables, rotate
+from minilora.nn.rotary import RopeScaling, as_floats, rope_frequencies, rope_tables, rotate
 from minilora.nn.validate import Rng, check_dout, check_flag, check_sizes, check_width, make_rng
 
 
@@ -42,19 +42,19 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in (
-            "vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "context_length")}
-        check_sizes("LlamaConfig", **sizes)
-        if not self.head_dim:
-            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
-        check_sizes("LlamaConfig", head_dim=self.head_dim)
+        sizes = "vocab_size d_model d_ff n_layers n_heads n_kv_heads context_length head_dim"
+        for name in sizes.split():
+            if name == "head_dim" and not self.head_dim:
+                object.__setattr__(self, name, self.d_model // self.n_heads)
+            check_sizes("LlamaConfig", **{name: getattr(self, name)})
+            object.__setattr__(self, name, int(getattr(self, name)))
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise ValueError("n_kv_heads must divide n_heads, and head_dim be even, got "
                              f"{self.n_kv_heads}, {self.n_heads} and {self.head_dim}")
         check_flag(tie_weights=self.tie_weights)
-        if not 0.0 < self.rms_norm_eps < 1.0 or not 1.0 < self.rope_theta < math.inf:
-            raise ValueError("rms_norm_eps must be between 0 and 1, and rope_theta above 1, got "
-                             f"{self.rms_norm_eps} and {self.rope_theta}")
+        as_floats(self, rms_norm_eps=(0.0, 1.0), rope_theta=(1.0, 1e30))
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise TypeError(f"rope_scaling must be a RopeScaling, got {self.rope_scaling!r}")
 
     @property
     def frequencies(self) -> np.ndarray:

@@ -29,12 +29,23 @@ class RopeScaling:
     original_context_length: int
 
     def __post_init__(self) -> None:
-        numbers = self.factor, self.low_freq_factor, self.high_freq_factor
-        if not all(0.0 < number < math.inf for number in numbers) or (
-                self.low_freq_factor >= self.high_freq_factor):
-            raise ValueError("rope scaling needs factors above 0, with low_freq_factor below "
-                             f"high_freq_factor, got {self}")
         check_sizes("RopeScaling", original_context_length=self.original_context_length)
+        as_floats(self, **dict.fromkeys(vars(self), (0.0, 1e30)))
+        object.__setattr__(self, "original_context_length", int(self.original_context_length))
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError("low_freq_factor must be below high_freq_factor, got "
+                             f"{self.low_freq_factor} and {self.high_freq_factor}")
+
+
+def as_floats(config: Any, **ranges: tuple[float, float]) -> None:
+    """Make numbers of a frozen dataclass floats. TypeError or ValueError if not in their ranges."""
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not least < value < most:
+            raise ValueError(f"{name} must be between {least:g} and {most:g}, got {value}")
+        object.__setattr__(config, name, float(value))
 
 
 def rope_frequencies(
