@@ -38,7 +38,7 @@ def answer_loss(
         (n, V) for the n targets.
     """
     where = targets != IGNORE_INDEX
-    end = int(np.flatnonzero(where.any(axis=0))[-1]) + 1
+    end = int(np.flatnonzero(where.any(axis=0)).max(initial=0)) + 1
     where = where[:, :end]
     return cross_entropy(model(ids[:, :end], where, first), targets[:, :end][where])
 
