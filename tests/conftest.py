@@ -48,10 +48,18 @@ def tiny_config(**changes):
     return ml.GPTConfig(**(sizes | changes))
 
 
+def llama_config(**changes):
+    sizes = dict(vocab_size=11, d_model=8, d_ff=12, n_layers=2, n_heads=4, n_kv_heads=2,
+                 context_length=6)
+    return ml.LlamaConfig(**(sizes | changes))
+
+
 def randomise(model, scale=0.3, seed=1):
     """Move every parameter off its initial value: zeros and ones hide mistakes."""
     rng = np.random.default_rng(seed)
     for parameter in model.parameters():
+        if type(parameter) is not ml.Parameter:
+            continue  # quantised
         parameter.data += scale * rng.standard_normal(parameter.shape)
     return model
 
