@@ -12,7 +12,7 @@ with one_thread_by_default():
 
 from minilora.data.answers import answer_loss
 from minilora.data.bpe import BPETokenizer
-from minilora.data.generate import generate
+from minilora.data.generate import generate, generate_batch
 from minilora.data.tokenizer import CharTokenizer, load_tokenizer
 from minilora.files.adapter_set import AdapterSet
 from minilora.files.checkpoint import load_base, load_checkpoint, save_checkpoint
@@ -64,9 +64,9 @@ __all__ = [
     "LlamaConfig", "LoRALayer", "Module", "ModuleList", "ModuleToSave", "Parameter", "RopeScaling",
     "Sequential", "TiedHead", "answer_loss", "attach", "blas_threads", "clip_grad_norm", "compress",
     "cosine_schedule", "cross_entropy", "dequantize", "evaluate", "extract_lora", "fit",
-    "from_hf_gpt2", "from_hf_llama", "generate", "get_adapter", "gradcheck", "load_adapter",
-    "load_base", "load_checkpoint", "load_safetensors", "load_tokenizer", "lora_state_dict",
-    "merge_lora", "quantize", "remove_lora", "replace_linear_with_lora", "save_adapter",
-    "save_checkpoint", "save_peft", "save_safetensors", "set_blas_threads", "stored_bytes",
-    "to_hf_gpt2", "to_hf_llama", "unmerge_lora", "weighted_sum",
+    "from_hf_gpt2", "from_hf_llama", "generate", "generate_batch", "get_adapter", "gradcheck",
+    "load_adapter", "load_base", "load_checkpoint", "load_safetensors", "load_tokenizer",
+    "lora_state_dict", "merge_lora", "quantize", "remove_lora", "replace_linear_with_lora",
+    "save_adapter", "save_checkpoint", "save_peft", "save_safetensors", "set_blas_threads",
+    "stored_bytes", "to_hf_gpt2", "to_hf_llama", "unmerge_lora", "weighted_sum",
 ]
