@@ -1,0 +1,185 @@
+"""The demonstration: a language model with its weights in 4 bits learns a task in minutes.
+
+If only the upper layers are adapted, what enters the lowest of them never changes. It is computed
+once for each example, and training starts from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minilora.data.answers import answer_loss, example, pad, shuffled_batches
+from minilora.data.bpe import BPETokenizer
+from minilora.data.generate import generate_batch
+from minilora.lab.tasks import Pair, Task
+from minilora.lora.wrap import replace_linear_with_lora
+from minilora.nn.llama import Llama
+from minilora.nn.validate import check_sizes
+from minilora.train.history import History
+from minilora.train.loop import fit
+from minilora.train.mode import evaluating
+from minilora.train.optim import AdamW
+from minilora.train.parallel import Batch, threads_that_pay
+from minilora.train.schedule import cosine_schedule
+
+Example = tuple[np.ndarray, np.ndarray]
+ANSWER = 48  # tokens that an answer may have
+TOGETHER = 16  # prompts, or examples, that are run together
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How a task is taught.
+
+    Attributes
+    ----------
+    rank : int
+    alpha : float
+    projections : tuple of str
+        Names or globs of the layers to adapt, within each block.
+    upper : int
+        Adapt only so many of the uppermost blocks; 0 for all.
+    steps, batch_size, seed : int
+    learning_rate : float
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    projections: tuple[str, ...] = ("*_proj",)
+    upper: int = 10
+    steps: int = 70
+    learning_rate: float = 2e-3
+    batch_size: int = 8
+    seed: int = 0
+
+
+WHOLE = Lesson(upper=0, steps=50, learning_rate=1e-3)  # all layers, with fewer steps
+
+
+@dataclass
+class Outcome:
+    """What a lesson has led to.
+
+    Attributes
+    ----------
+    history : History
+        Its validation losses are on the held-out pairs, in nats per token of the answers.
+    answers : dict of list of str
+        {kind of held-out pair: what the model answers}.
+    """
+
+    history: History
+    answers: dict[str, list[str]] = field(default_factory=dict)
+
+
+def adapt(model: Llama, lesson: Lesson) -> int:
+    """Add LoRA to a model as a lesson says, and return the first layer that has it."""
+    layers = model.config.n_layers
+    check_sizes("adapt", layers=layers - lesson.upper + 1)
+    first = layers - lesson.upper if lesson.upper else 0
+    targets = [f"model.layers.{i}.*.{name}" for i in range(first, layers)
+               for name in lesson.projections]
+    replace_linear_with_lora(model, lesson.rank, lesson.alpha, targets, rng=lesson.seed)
+    return first
+
+
+def examples(tokenizer: BPETokenizer, pairs: Sequence[Pair]) -> list[Example]:
+    """Return (ids, targets) for each pair: the prompt as a chat, and its answer."""
+    return [example(tokenizer.chat(prompt, system=None), tokenizer.answer(answer))
+            for prompt, answer in pairs]
+
+
+def states(model: Llama, given: Sequence[Example], first: int, threads: int) -> list[Example]:
+    """Replace the ids of examples by what enters layer `first`; unchanged for layer 0."""
+    if first == 0:
+        return list(given)
+    parts = [given[i : i + TOGETHER] for i in range(0, len(given), TOGETHER)]
+
+    def run(part: Sequence[Example]) -> list[Example]:
+        x = model.states(pad(part)[0], first)
+        return [(row[: len(targets)].copy(), targets)
+                for row, (_, targets) in zip(x, part, strict=True)]
+
+    with evaluating(model), ThreadPoolExecutor(threads) as pool:
+        return [row for rows in pool.map(run, parts) for row in rows]
+
+
+def teach(
+    model: Llama, tokenizer: BPETokenizer, task: Task, lesson: Lesson,
+    threads: int | None = None, progress: bool = True, validate_every: int = 10,
+) -> Outcome:
+    """Adapt a model to a task, and return the record and the answers to held-out prompts.
+
+    Parameters
+    ----------
+    model : Llama
+        A base without LoRA layers. It has the adapter afterwards.
+    tokenizer : BPETokenizer
+    task : Task
+    lesson : Lesson
+    threads : int, optional
+        Threads that share the work; None for as many as pay off.
+    progress : bool
+        Whether to show a progress bar.
+    validate_every : int
+        Steps between two evaluations on the held-out pairs.
+    """
+    first = adapt(model, lesson)
+    training, held_out = examples(tokenizer, task.training), [
+        row for pairs in task.held_out.values() for row in examples(tokenizer, pairs)]
+    threads = threads or threads_that_pay(model, [pad(training[: lesson.batch_size])])
+    training, held_out = (states(model, rows, first, threads) for rows in (training, held_out))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    lr, steps = lesson.learning_rate, lesson.steps
+    history = fit(
+        model, shuffled_batches(training, lesson.batch_size, lesson.seed),
+        AdamW(trained, lr, weight_decay=0.0), steps,
+        schedule=cosine_schedule(lr, steps, warmup=max(1, steps // 20)), clip_norm=1.0,
+        validation=batches(held_out), validate_every=validate_every, threads=threads,
+        progress=progress, loss=functools.partial(answer_loss, first=first),
+    )
+    return Outcome(history, {name: answers(model, tokenizer, [prompt for prompt, _ in pairs])
+                             for name, pairs in task.held_out.items()})
+
+
+def batches(given: Sequence[Example]) -> list[Batch]:
+    """Return examples in batches, for evaluation."""
+    return [pad(given[i : i + TOGETHER]) for i in range(0, len(given), TOGETHER)]
+
+
+def answers(
+    model: Llama, tokenizer: BPETokenizer, prompts: Sequence[str], max_new_tokens: int = ANSWER,
+    before: str = "",
+) -> list[str]:
+    """Return what the model answers, taking the likeliest token each time.
+
+    Parameters
+    ----------
+    before : str
+        Text that is put before each prompt, such as an instruction or examples.
+    """
+    ids = [tokenizer.chat(before + prompt, system=None) for prompt in prompts]
+    stop = tokenizer.special["<|im_end|>"]
+    out: list[str] = []
+    for i in range(0, len(ids), TOGETHER):
+        new = generate_batch(model, ids[i : i + TOGETHER], max_new_tokens, stop=stop)
+        out += [tokenizer.decode(row, skip_special=True).strip() for row in new]
+    return out
+
+
+def prompted(task: Task, shots: int) -> str:
+    """Return an instruction with `shots` solved examples, to be put before a prompt."""
+    solved = "".join(f"{prompt}\n{answer}\n" for prompt, answer in task.training[:shots])
+    return f"{task.instruction}\n{solved}"
+
+
+def exact(given: Sequence[str], pairs: Sequence[Pair]) -> int:
+    """Count the answers that are exactly right, up to spaces."""
+    return sum(re.sub(r"\s+", " ", answer) == right
+               for answer, (_, right) in zip(given, pairs, strict=True))
