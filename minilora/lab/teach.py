@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import re
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +61,15 @@ class Lesson:
     seed: int = 0
 
 
-WHOLE = Lesson(upper=0, steps=50, learning_rate=1e-3)  # all layers, with fewer steps
+WHOLE = Lesson(upper=0, steps=50, learning_rate=1e-3)  # all blocks, with fewer steps
+STUDY = {
+    "as usual": Lesson(), "seed 1": Lesson(seed=1), "seed 2": Lesson(seed=2),
+    "rank 1": Lesson(rank=1, alpha=2.0), "rank 32": Lesson(rank=32, alpha=64.0),
+    "q and v only": Lesson(projections=("q_proj", "v_proj")),
+    "MLP only": Lesson(projections=("gate_proj", "up_proj", "down_proj")),
+    "5 blocks": Lesson(upper=5), "20 steps": Lesson(steps=20), "140 steps": Lesson(steps=140),
+    "all 30 blocks": WHOLE,
+}
 
 
 @dataclass
@@ -72,10 +82,16 @@ class Outcome:
         Its validation losses are on the held-out pairs, in nats per token of the answers.
     answers : dict of list of str
         {kind of held-out pair: what the model answers}.
+    trained : int
+        Numbers in A and B.
+    seconds : float
+        From the first step to the last answer, with what was computed once before.
     """
 
     history: History
-    answers: dict[str, list[str]] = field(default_factory=dict)
+    answers: dict[str, list[str]]
+    trained: int
+    seconds: float
 
 
 def adapt(model: Llama, lesson: Lesson) -> int:
@@ -130,7 +146,7 @@ def teach(
     validate_every : int
         Steps between two evaluations on the held-out pairs.
     """
-    first = adapt(model, lesson)
+    start, first = time.perf_counter(), adapt(model, lesson)
     training, held_out = examples(tokenizer, task.training), [
         row for pairs in task.held_out.values() for row in examples(tokenizer, pairs)]
     threads = threads or threads_that_pay(model, [pad(training[: lesson.batch_size])])
@@ -144,8 +160,9 @@ def teach(
         validation=batches(held_out), validate_every=validate_every, threads=threads,
         progress=progress, loss=functools.partial(answer_loss, first=first),
     )
-    return Outcome(history, {name: answers(model, tokenizer, [prompt for prompt, _ in pairs])
-                             for name, pairs in task.held_out.items()})
+    given = {name: answers(model, tokenizer, [prompt for prompt, _ in pairs])
+             for name, pairs in task.held_out.items()}
+    return Outcome(history, given, sum(p.size for p in trained), time.perf_counter() - start)
 
 
 def batches(given: Sequence[Example]) -> list[Batch]:
@@ -154,17 +171,26 @@ def batches(given: Sequence[Example]) -> list[Batch]:
 
 
 def answers(
-    model: Llama, tokenizer: BPETokenizer, prompts: Sequence[str], max_new_tokens: int = ANSWER,
-    before: str = "",
+    model: Llama, tokenizer: BPETokenizer, prompts: Sequence[str], instruction: str | None = None,
+    shots: Sequence[Pair] = (), max_new_tokens: int = ANSWER,
 ) -> list[str]:
     """Return what the model answers, taking the likeliest token each time.
 
     Parameters
     ----------
-    before : str
-        Text that is put before each prompt, such as an instruction or examples.
+    model : Llama
+    tokenizer : BPETokenizer
+    prompts : sequence of str
+    instruction : str, optional
+        The system message.
+    shots : sequence of Pair
+        Examples that come before each prompt, as if they were said earlier.
+    max_new_tokens : int
     """
-    ids = [tokenizer.chat(before + prompt, system=None) for prompt in prompts]
+    earlier = [{"role": role, "content": text} for pair in shots
+               for role, text in zip(("user", "assistant"), pair, strict=True)]
+    ids = [tokenizer.chat([*earlier, {"role": "user", "content": prompt}], system=instruction)
+           for prompt in prompts]
     stop = tokenizer.special["<|im_end|>"]
     out: list[str] = []
     for i in range(0, len(ids), TOGETHER):
@@ -173,13 +199,35 @@ def answers(
     return out
 
 
-def prompted(task: Task, shots: int) -> str:
-    """Return an instruction with `shots` solved examples, to be put before a prompt."""
-    solved = "".join(f"{prompt}\n{answer}\n" for prompt, answer in task.training[:shots])
-    return f"{task.instruction}\n{solved}"
-
-
 def exact(given: Sequence[str], pairs: Sequence[Pair]) -> int:
     """Count the answers that are exactly right, up to spaces."""
     return sum(re.sub(r"\s+", " ", answer) == right
                for answer, (_, right) in zip(given, pairs, strict=True))
+
+
+def row(name: str, lesson: Lesson, outcome: Outcome, task: Task) -> dict[str, Any]:
+    """Return what a lesson has led to as numbers and texts, for a file."""
+    history = outcome.history
+    return {
+        "name": name, "lesson": asdict(lesson), "trained": outcome.trained,
+        "losses": history.losses, "validation_steps": history.validation_steps,
+        "validation_losses": history.validation_losses, "seconds": outcome.seconds,
+        "answers": [[kind, prompt, right, given]
+                    for kind, pairs in task.held_out.items()
+                    for (prompt, right), given in zip(pairs, outcome.answers[kind], strict=True)],
+        "exact": {kind: [exact(outcome.answers[kind], pairs), len(pairs)]
+                  for kind, pairs in task.held_out.items()},
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a table with a line for each lesson, in Markdown."""
+    kinds = list(rows[0]["exact"])
+    lines = [["lesson", "trained", "adapter", "held-out loss", *kinds, "seconds"]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for given in rows:
+        before, after = given["validation_losses"][0], given["validation_losses"][-1]
+        right = ["{} of {}".format(*given["exact"][kind]) for kind in kinds]
+        lines.append([given["name"], f"{given['trained']:,}", f"{4e-6 * given['trained']:.1f} MB",
+                      f"{before:.2f} to {after:.3f}", *right, f"{given['seconds']:.0f}"])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
