@@ -59,8 +59,8 @@ class QuantizedParameter(Parameter):
             raise ValueError(f"only a matrix can be quantised, got shape {np.shape(weight)}")
         n, m = weight.shape
         # The last block is filled with its last row, which does not change its range.
-        padded = np.pad(weight.astype(np.float32), ((0, -n % cls.block), (0, 0)), mode="edge")
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is inf
+            padded = np.pad(weight.astype(np.float32), ((0, -n % cls.block), (0, 0)), mode="edge")
             parts = cls.encode(padded.reshape(-1, cls.block, m), **options)
         if not all(np.isfinite(part).all() for part in (padded, *parts.values())):
             raise ValueError(f"{cls.__name__} needs finite weights whose scales fit its parts")
