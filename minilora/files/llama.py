@@ -146,6 +146,7 @@ def _hf_config(path: Path, hf: dict[str, Any]) -> LlamaConfig:
 
 def _rope_scaling(path: Path, rope: dict[str, Any]) -> RopeScaling | None:
     """Return Llama 3's scaling, or None if there is none; CheckpointError for another kind."""
+    refuse_settings(path, rope, {"partial_rotary_factor": (None, 1, 1.0)})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
