@@ -63,7 +63,7 @@ def can_cache(model: Module) -> bool:
     """
     walked: dict[int, Module] = {}
     for module, expected in _skeleton(model):
-        if type(module) is not expected:
+        if type(module) is not expected:  # what is below it may be anything
             return False
         walked[id(module)] = module
     return bool(walked) and all(
@@ -73,7 +73,10 @@ def can_cache(model: Module) -> bool:
 
 
 def _skeleton(model: Module) -> Iterator[tuple[Module, type]]:
-    """Yield the modules between the model and its attentions, each with the class it should be."""
+    """Yield the modules from the model down to its attentions, with the class that each must be.
+
+    Each is yielded before those below it are looked for.
+    """
     if isinstance(model, GPT):
         yield model, GPT
         yield model.h, ModuleList
@@ -98,7 +101,7 @@ class Cache:
     Parameters
     ----------
     model
-        One that `can_cache`. It must not change as long as the cache is used.
+        One that `can_cache`, in evaluation mode. It must not change as long as the cache is used.
     texts
         B, the number of texts.
     room
@@ -189,8 +192,8 @@ class Cache:
 def whole_logits(model: Any, texts: Sequence[np.ndarray]) -> np.ndarray:
     """Return what `Cache.next_logits` does, (B, V), by the forward of any model.
 
-    It reads the last `context_length` tokens of each text, all anew, and only texts of the same
-    length together: nothing is known of what the model does with padding.
+    It reads the last `context_length` tokens of each text, all anew. Only texts of the same length
+    are read together, because nothing is known of what the model would do with padding.
     """
     texts = [text[-model.config.context_length :] for text in texts]
     lengths = np.array([len(text) for text in texts])

@@ -200,7 +200,8 @@ def _sample(
 ) -> np.ndarray:
     """Draw a token for each row from softmax(logits / temperature): (B, V) -> (B,).
 
-    Adding Gumbel noise to the logits and taking the largest draws exactly from the soft-max.
+    Adding Gumbel noise (B, V) to the logits and taking the largest draws exactly from the soft-max.
+    Without noise it takes the likeliest.
     """
     logits = logits - logits.max(axis=-1, keepdims=True)  # so that dividing cannot overflow
     if top_k is not None and top_k < logits.shape[-1]:
