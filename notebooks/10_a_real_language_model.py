@@ -75,9 +75,8 @@ sample = np.random.default_rng(0).choice(unit, 20_000, replace=False)
 shares = {name: np.bincount(nearest(sample, values), minlength=16) / len(sample)
           for name, values in {"NF4": NF4_VALUES, "evenly spaced": even}.items()}
 codes = list(range(16))
-figure = plots.lines({name: (codes, share.tolist()) for name, share in shares.items()},
-                     "code", "share of the weights")
-figure
+plots.lines({name: (codes, share.tolist()) for name, share in shares.items()},
+            "code", "share of the weights")
 
 # %% [markdown]
 # Evenly spaced values leave the outer codes nearly unused. What does rounding cost in loss? We
@@ -177,11 +176,7 @@ model.print_trainable_parameters()
 losses = history.validation_losses
 print(f"held-out loss {losses[0]:.2f} to {losses[-1]:.3f} nats per token, "
       f"in {outcome.seconds:.0f} seconds")
-figure = plots.lines(
-    {"training": (history.steps, history.losses),
-     "held out": (history.validation_steps, history.validation_losses)},
-    "step", "loss (nats per token of the answers)")
-figure
+teach.loss_curve(history)
 
 # %%
 right = {kind: teach.exact(outcome.answers[kind], pairs) for kind, pairs in task.held_out.items()}

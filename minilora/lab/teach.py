@@ -7,20 +7,27 @@ once for each example, and training starts from there.
 from __future__ import annotations
 
 import functools
+import json
 import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from minilora.data.answers import answer_loss, example, pad, shuffled_batches
 from minilora.data.bpe import BPETokenizer
 from minilora.data.generate import generate_batch
-from minilora.lab.tasks import Pair, Task
-from minilora.lora.wrap import replace_linear_with_lora
+from minilora.files.peft_write import save_adapter
+from minilora.files.safetensors import write_atomically
+from minilora.files.together import results
+from minilora.lab import plots
+from minilora.lab.tasks import TASKS, Pair, Task
+from minilora.lora.qlora import stored_bytes
+from minilora.lora.wrap import remove_lora, replace_linear_with_lora
 from minilora.nn.llama import Llama
 from minilora.nn.validate import check_sizes
 from minilora.train.history import History
@@ -30,8 +37,12 @@ from minilora.train.optim import AdamW
 from minilora.train.parallel import Batch, threads_that_pay
 from minilora.train.schedule import cosine_schedule
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Example = tuple[np.ndarray, np.ndarray]
 ANSWER = 48  # tokens that an answer may have
+RESULT = "teach.json"
 TOGETHER = 16  # prompts, or examples, that are run together
 
 
@@ -145,7 +156,17 @@ def teach(
         Whether to show a progress bar.
     validate_every : int
         Steps between two evaluations on the held-out pairs.
+
+    Raises
+    ------
+    TypeError
+        If the model is not a Llama.
+    KeyboardInterrupt
+        If Ctrl-C ended the training.
     """
+    if not isinstance(model, Llama):
+        raise TypeError(f"a lesson needs a language model, such as smollm2, not a "
+                        f"{type(model).__name__}")
     start, first = time.perf_counter(), adapt(model, lesson)
     training, held_out = examples(tokenizer, task.training), [
         row for pairs in task.held_out.values() for row in examples(tokenizer, pairs)]
@@ -160,6 +181,8 @@ def teach(
         validation=batches(held_out), validate_every=validate_every, threads=threads,
         progress=progress, loss=functools.partial(answer_loss, first=first),
     )
+    if history.interrupted:
+        raise KeyboardInterrupt
     given = {name: answers(model, tokenizer, [prompt for prompt, _ in pairs])
              for name, pairs in task.held_out.items()}
     return Outcome(history, given, sum(p.size for p in trained), time.perf_counter() - start)
@@ -231,3 +254,62 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append([given["name"], f"{given['trained']:,}", f"{4e-6 * given['trained']:.1f} MB",
                       f"{before:.2f} to {after:.3f}", *right, f"{given['seconds']:.0f}"])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+# ---- The command
+
+
+def demonstrate(
+    model: Llama, tokenizer: BPETokenizer, name: str, lesson: Lesson, out: str,
+    threads: int | None = None, progress: bool = True,
+) -> None:
+    """Teach a task and print what the model answers before, with the adapter, and without it.
+
+    Writes the adapter, the loss curve and all answers to the folder `out`.
+    """
+    task = TASKS[name]()
+    prompts = [prompt for pairs in task.held_out.values() for prompt, _ in pairs[:3]]
+    before = answers(model, tokenizer, prompts)
+    outcome = teach(model, tokenizer, task, lesson, threads, progress)
+    record = row(name, lesson, outcome, task)
+    with results(Path(out), RESULT) as folder:
+        save_adapter(model, folder / "adapter")
+        size = sum(path.stat().st_size for path in (folder / "adapter").iterdir())
+        plots.save(loss_curve(outcome.history), folder / "loss.png")
+        write_atomically(folder / RESULT, json.dumps({"rows": [record]}, indent=1).encode())
+    after = answers(model, tokenizer, prompts)
+    remove_lora(model)
+    for prompt, old, new in zip(prompts, before, after, strict=True):
+        print(f"{prompt}\n    before: {old[:100]!r}\n    after:  {new!r}")
+    print(f"\n{table([record])}\n")
+    wrong = [(prompt, right, given) for _, prompt, right, given in record["answers"]
+             if task.exact and right != given]
+    for prompt, right, given in wrong:
+        print(f"{prompt}\n    wanted: {right}\n    got:    {given}")
+    print(f"the adapter takes {size:,} bytes, the model {stored_bytes(model):,}")
+    same = answers(model, tokenizer, prompts) == before
+    print(f"without the adapter, the answers are {'' if same else 'NOT '}those from before")
+    print(f"Written to {out}: adapter/, loss.png, {RESULT}")
+
+
+def study(
+    model: Llama, tokenizer: BPETokenizer, name: str, out: str,
+    threads: int | None = None, progress: bool = True,
+) -> None:
+    """Teach the lessons of STUDY one after another; write their results to the folder `out`."""
+    task, rows = TASKS[name](), []
+    for title, lesson in STUDY.items():
+        outcome = teach(model, tokenizer, task, lesson, threads, progress)
+        rows.append(row(title, lesson, outcome, task))
+        remove_lora(model)
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    print(f"\n{table(rows)}")
+    write_atomically(Path(out) / RESULT, json.dumps({"rows": rows}, indent=1).encode())
+
+
+def loss_curve(history: History) -> Figure:
+    """Return a figure of the losses in training and on the held-out pairs."""
+    return plots.lines(
+        {"training": (history.steps, history.losses),
+         "held out": (history.validation_steps, history.validation_losses)},
+        "step", "loss (nats per token of the answers)")

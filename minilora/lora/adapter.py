@@ -33,6 +33,8 @@ from minilora.nn.llama import Llama
 from minilora.nn.module import M, Module, Parameter
 from minilora.nn.validate import CheckpointError, Rng, closest, make_rng
 
+MOST_FAULTS = 48  # of an adapter that are listed
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -206,7 +208,7 @@ def attach(model: M, adapter: Adapter) -> M:
 
     Raises
     ------
-    CheckpointError : if names, shapes or numbers do not fit; the message lists them all
+    CheckpointError : if names, shapes or numbers do not fit; the message lists them, up to 48
     TypeError : if the model is a bare layer or not a Module
     """
     check_fits(model, adapter)
@@ -289,7 +291,10 @@ def check_fits(model: Module, adapter: Adapter) -> None:
     """Raise the errors of `attach`. The model is not changed."""
     check_tree(model)
     if faults := _misfits(model, base_modules(model), adapter):
-        raise CheckpointError("the adapter does not fit the model: " + "; ".join(faults))
+        text = "; ".join(faults[:MOST_FAULTS])
+        if len(faults) > MOST_FAULTS:  # it is for another base; a page of names would hide that
+            text = f"{len(faults)} of its parts do not fit it, such as: {faults[0]}"
+        raise CheckpointError(f"the adapter does not fit the model: {text}")
 
 
 def _misfits(model: Module, base: dict[str, Module], adapter: Adapter) -> list[str]:
