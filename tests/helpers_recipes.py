@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.lora.surgery import base_modules, lora_layers, task_parameters
+from minilora.nn.quantized import QuantizedParameter
 
 # ---- Recipes
 
@@ -32,8 +33,10 @@ class Call:
 class Recipe:
     """How an adapted model is made; patterns are globs of dotted names of the base."""
 
-    config: ml.GPTConfig | str  # or the name of a model that is no GPT, see OTHERS
+    config: ml.GPTConfig | ml.LlamaConfig | str  # or the name of another model, see OTHERS
     dtype: type = np.float32
+    quantized: str = ""  # the kind in which Linears are stored
+    recompute: bool = False  # of a Llama
     changed: str = ""  # how the base differs from its configuration, see `change`
     head: str = ""  # what replaces the head, see HEADS
     head_first: bool = True  # before LoRA rather than after
@@ -105,6 +108,9 @@ def base_of(recipe):
     if isinstance(recipe.config, ml.GPTConfig):
         model = ml.GPT(recipe.config, rng, recipe.dtype)
         change(model, recipe.changed, recipe.dtype)
+    elif isinstance(recipe.config, ml.LlamaConfig):
+        model = ml.Llama(recipe.config, rng, recipe.dtype)
+        model.recompute = recipe.recompute
     else:
         def linear(bias=True):
             return ml.Linear(8, 8, bias, recipe.dtype, rng)
@@ -116,7 +122,8 @@ def base_of(recipe):
             model = Named(**{first: linear(), second: inner})
         else:
             model = OTHERS[kind](linear, recipe.dtype)
-    return randomise(model).eval()
+    randomise(model)
+    return (ml.quantize(model, recipe.quantized) if recipe.quantized else model).eval()
 
 
 def change(model, what, dtype):
@@ -202,7 +209,8 @@ def _train(model, recipe):
             if isinstance(layer, ml.DoRALinear)}  # which cannot be trained
     for name, parameter in of_base.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.trained):
-            parameter.requires_grad = id(parameter) not in dora
+            fixed = id(parameter) in dora or isinstance(parameter, QuantizedParameter)
+            parameter.requires_grad = not fixed
     task = task_parameters(model)
     moved = {id(p): p for p in [*task.values(), *of_base.values()]
              if p.requires_grad or any(p is q for q in task.values())}
@@ -237,7 +245,7 @@ def used_parameters(model, path=""):
 
 def inputs(recipe):
     rng = np.random.default_rng(3)
-    if isinstance(recipe.config, ml.GPTConfig):
+    if not isinstance(recipe.config, str):
         return rng.integers(0, recipe.config.vocab_size, (3, recipe.config.context_length))
     return rng.standard_normal((3, 8)).astype(recipe.dtype)
 
@@ -280,7 +288,8 @@ def calls(draw, base, odd=True):
     linears = [name for name, module in modules.items() if isinstance(module, ml.Linear)]
     ends = sorted({name.rpartition(".")[2] for name in linears})
     whole = [name for name, module in modules.items()
-             if name not in ("", "h") and list(module.parameters())]
+             if type(module).forward is not ml.Module.forward and name
+             and list(module.parameters())]
     alphas = st.sampled_from([1, 4, 8.0, 0.1, 0, -3])
     alphas = rarely(st.sampled_from(ODD_ALPHAS), alphas) if odd else alphas
     return Call(

@@ -31,6 +31,7 @@ import minilora as ml
 from minilora.lora.surgery import lora_layers, wrappers
 from minilora.nn.functional import IGNORE_INDEX
 from minilora.nn.gradcheck import numerical_gradient
+from minilora.nn.rotary import RopeScaling
 from minilora.train.parallel import DataParallel
 
 # ---- Drawing a model
@@ -56,7 +57,32 @@ def gpts(draw):
     )
 
 
-ARCHITECTURES = {"GPT": gpts()}
+@st.composite
+def llamas(draw):
+    n_kv_heads = draw(st.integers(1, 2))
+    n_heads = n_kv_heads * draw(st.integers(1, 2))
+    config = ml.LlamaConfig(
+        vocab_size=draw(st.integers(2, 11)), d_model=draw(st.sampled_from([4, 8])),
+        d_ff=draw(st.integers(1, 9)), n_layers=draw(st.integers(1, 3)), n_heads=n_heads,
+        n_kv_heads=n_kv_heads, context_length=draw(st.integers(1, 6)),
+        head_dim=draw(st.sampled_from([2, 4])), tie_weights=draw(st.booleans()),
+        rope_scaling=draw(st.sampled_from([None, RopeScaling(8.0, 1.0, 4.0, 32)])),
+        rope_theta=draw(st.sampled_from([1e4, 50.0])),
+        rms_norm_eps=draw(st.sampled_from([1e-5, 1e-2])),
+    )
+    recipe = Recipe(config, draw(st.sampled_from([np.float32, np.float64])),
+                    quantized=draw(st.sampled_from(["", "nf4", "int8", "q4_1"])),
+                    recompute=draw(st.booleans()))
+    base = base_of(recipe)
+    globs = ["*_layernorm.weight", "*.up_proj.weight", "model.embed*", "lm_head.*", "*"]
+    return replace(
+        recipe, calls=tuple(draw(st.lists(calls(base, odd=False), min_size=1, max_size=2))),
+        trained=draw(st.one_of(st.just(()), some(globs, 2), some(list(base.state_dict())))),
+        frozen=draw(rarely(some(["A", "B", "magnitude"], 1), ())),
+    )
+
+
+ARCHITECTURES = {"GPT": gpts(), "Llama": llamas()}
 
 
 # ---- Checks
@@ -161,8 +187,10 @@ def files_hold_the_model(recipe):
         if list(lora_layers(model)):
             ml.merge_lora(model, unload=True)
         path = Path(folder) / "model"
-        if saved(ml.save_checkpoint, model, path):
-            loaded = ml.load_checkpoint(path, recipe.dtype).eval()
+        save, load = ((ml.to_hf_llama, ml.from_hf_llama) if isinstance(model, ml.Llama) else
+                      (ml.save_checkpoint, ml.load_checkpoint))
+        if saved(save, model, path):
+            loaded = load(path, recipe.dtype).eval()
             assert np.array_equal(logits(loaded, recipe), logits(model, recipe))
 
 

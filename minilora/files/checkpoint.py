@@ -65,6 +65,8 @@ def _converted(tensors: dict[str, np.ndarray], dtype: np.dtype) -> dict[str, np.
 
 def check_plain(model: GPT) -> None:
     """Raise ValueError if the model has LoRA layers, or is not what its configuration says."""
+    if not isinstance(model, GPT):
+        raise ValueError(f"expected a GPT, got {type(model).__name__} (to_hf_llama writes a Llama)")
     if wrappers(model):
         raise ValueError("the model has LoRA layers: store them with save_adapter, or remove_lora")
     if len(model.h) != model.config.n_layers:

@@ -283,6 +283,13 @@ def test_what_no_folder_could_hold(tmp_path, change, words):
         ml.to_hf_llama(ml.Linear(2, 2), tmp_path / "x")
 
 
+def test_no_file_of_a_gpt_could_hold_a_llama(tmp_path):
+    for save in (ml.save_checkpoint, ml.to_hf_gpt2):
+        with pytest.raises(ValueError, match="expected a GPT, got Llama .to_hf_llama writes"):
+            save(llama(), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_quantised_model_is_written_in_floats(tmp_path, ids):
     model = ml.quantize(llama())
     ml.to_hf_llama(model, tmp_path)
