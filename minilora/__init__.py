@@ -55,7 +55,7 @@ from minilora.train.loop import evaluate, fit
 from minilora.train.optim import SGD, AdamW
 from minilora.train.schedule import clip_grad_norm, cosine_schedule
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "GELU", "GPT", "MLP", "SGD", "AdamW", "Adapter", "AdapterSet", "BPETokenizer", "Block",
