@@ -165,6 +165,27 @@ def test_padding_is_never_another_token(make):
     assert np.array_equal(generate_batch(model, PROMPTS, 1), expected)
 
 
+def test_what_replaces_a_dropout_is_called():
+    model = gpt()
+    model.drop = randomise(ml.LayerNorm(32, dtype=np.float64))
+    model.h[1].attn.dropout = ml.Linear(32, 32, dtype=np.float64, rng=0)
+    assert can_cache(model)
+    ids = PROMPTS[2]
+    assert np.array_equal(ml.generate(model, ids, 9, rng=0)[None],
+                          without_cache(model, ids, 9, rng=0))
+
+
+@pytest.mark.parametrize("make", [gpt, llama])
+def test_no_more_room_than_the_context(make, monkeypatch):
+    rooms = []
+    monkeypatch.setattr(generate_module, "Cache",
+                        lambda *arguments: rooms.append(arguments[2]) or Cache(*arguments))
+    model = make(context_length=20)
+    generate_batch(model, PROMPTS, 4)
+    generate_batch(model, PROMPTS, 100)
+    assert rooms == [11, 20]
+
+
 # ---- Where texts end
 
 
@@ -349,6 +370,9 @@ def test_the_weights_return_after_an_error_and_keep_what_was_changed():
     assert [layer.weight for layer in layers] == [mine, weights[1]]
     with context:
         assert layers[0].weight is mine
+    layers[0].weight = weights[1]
+    with Unpacked(model):
+        assert layers[0].weight is layers[1].weight
     with Unpacked(ml.Linear(2, 3)):  # nothing is quantised
         pass
 
