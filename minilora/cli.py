@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,65 +23,14 @@ from minilora.files.peft_read import describe_adapter, load_adapter
 from minilora.files.safetensors import describe_safetensors, printable
 from minilora.lab import bench, compare, plots
 from minilora.lab.counting import PUBLISHED
+from minilora.lab.counting_llama import base_bytes
 from minilora.lab.pretrain import RECIPES, pretrain
 from minilora.lora.wrap import merge_lora
 from minilora.nn.gpt import GPT
+from minilora.options import filled, names, positive, ranks, temperature, whole
 
 Parser = argparse.ArgumentParser
 MODEL_HELP = "base, small, a checkpoint, or a folder saved by transformers"
-
-
-# ---- Values of options
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number of `least` or more."""
-
-    def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-        return int(text)
-
-    return parse
-
-
-def positive(text: str) -> float:
-    """Parse a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
-def temperature(text: str) -> float:
-    """Parse a number of 0 or more."""
-    try:
-        return 0.0 if float(text) == 0.0 else positive(text)
-    except ValueError:
-        return positive(text)  # which raises the error
-
-
-def filled(text: str) -> str:
-    """Parse a path or name that is not empty, as of a shell variable that is not set."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty")
-    return text
-
-
-def ranks(text: str) -> tuple[int, ...]:
-    """Parse "2,8"; each rank once, in the order given."""
-    return tuple(dict.fromkeys(whole(1)(part) for part in text.split(",")))
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Parse "q_proj,v_proj"."""
-    parts = tuple(part.strip() for part in text.split(","))
-    if not all(parts):
-        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
-    return parts
 
 
 def load_model(name: str) -> GPT:
@@ -253,6 +201,9 @@ def count_command(args: argparse.Namespace) -> None:
     lora = architecture.lora_parameters(args.rank, targets)
     rows = {
         f"{args.model} ({architecture.source})": f"{total:,} parameters",
+        "weights in float32": f"{4 * total:,} bytes",
+        "weights with the layers' matrices in 4 bits (NF4)":
+            f"{base_bytes(architecture, 'nf4'):,} bytes",
         f"LoRA r={args.rank} on {', '.join(targets or architecture.linears)}":
             f"{lora:,} parameters, {lora / total:.4%}",
         "gradients and AdamW moments in float32, full": f"{12 * total:,} bytes",

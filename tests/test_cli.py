@@ -215,6 +215,13 @@ def test_count_prints_the_paper_s_number(capsys):
     assert "18,874,368 parameters, 0.0108%" in out and "LoRA: 37,748,736 bytes" in out
 
 
+def test_count_prints_the_bytes_of_a_4_bit_base(capsys):
+    assert main(["count", "smollm2-135m"]) == 0
+    out = capsys.readouterr().out
+    assert "134,515,008 parameters" in out and "2,442,240 parameters, 1.8156%" in out
+    assert "in 4 bits (NF4): 168,156,792 bytes" in out
+
+
 def test_bench_prints_every_size_and_method(capsys):
     assert main(["bench", "--sizes", "XS", "--seconds", "0.01"]) == 0
     out = capsys.readouterr().out

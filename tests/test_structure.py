@@ -16,7 +16,7 @@ MODULES = {".".join(("minilora", *p.relative_to(ROOT).with_suffix("").parts)): p
 LAZY = {"matplotlib", "tqdm", "torch", "peft", "threadpoolctl", "IPython", "ipywidgets", "resource",
         "minilora.lab.torch_peer"}
 SCREEN = 50  # lines
-FLAT = {"__init__.py", "__main__.py", "check.py", "cli.py"}
+FLAT = {"__init__.py", "__main__.py", "check.py", "cli.py", "options.py"}
 
 
 def imports(path, inside_functions=None):

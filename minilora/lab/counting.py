@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from minilora.lora.qlora import stored_bytes
 from minilora.lora.targets import match_names
 from minilora.nn.fast import query_blocks
 from minilora.nn.gpt import GPT2_SIZES, GPTConfig
+from minilora.nn.large import Rerun
+from minilora.nn.llama import LlamaConfig
 from minilora.nn.module import Module
 from minilora.nn.validate import check_sizes, float_dtype
 
@@ -71,9 +74,10 @@ class Architecture:
         return self.n_layers * sum(rank * sum(self.linears[name]) for name in names)
 
 
-def attention_and_mlp(d: int, d_kv: int, **mlp: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """Return the linears of a layer: q, k, v, o, with keys and values of width d_kv; the MLP."""
-    return {"q_proj": (d, d), "k_proj": (d, d_kv), "v_proj": (d, d_kv), "o_proj": (d, d)} | mlp
+def square_layer(d: int) -> dict[str, tuple[int, int]]:
+    """Return the linears of a layer of width d whose MLP has one hidden layer of width 4 d."""
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (d, d))
+    return attention | {"up_proj": (d, 4 * d), "down_proj": (4 * d, d)}
 
 
 def gpt_architecture(config: GPTConfig, source: str = "") -> Architecture:
@@ -82,8 +86,7 @@ def gpt_architecture(config: GPTConfig, source: str = "") -> Architecture:
     norm = d * (1 + config.bias)
     other = (v + config.context_length) * d + (2 * config.n_layers + 1) * norm
     other += 0 if config.tie_weights else v * d
-    linears = attention_and_mlp(d, d, up_proj=(d, 4 * d), down_proj=(4 * d, d))
-    return Architecture(config.n_layers, linears, config.bias, other, source)
+    return Architecture(config.n_layers, square_layer(d), config.bias, other, source)
 
 
 def bert_architecture(
@@ -91,8 +94,7 @@ def bert_architecture(
 ) -> Architecture:
     """Return the shapes of RoBERTa: embeddings (one token type), their norm, layers, pooler."""
     other = (vocab_size + positions + 1) * d + 2 * d + n_layers * 4 * d + d * d + d
-    linears = attention_and_mlp(d, d, up_proj=(d, 4 * d), down_proj=(4 * d, d))
-    return Architecture(n_layers, linears, True, other, source)
+    return Architecture(n_layers, square_layer(d), True, other, source)
 
 
 def deberta_v2_architecture(
@@ -105,18 +107,33 @@ def deberta_v2_architecture(
     a norm each.
     """
     other = vocab_size * d + 2 * buckets * d + (3 * d * d + d) + 3 * 2 * d + n_layers * 4 * d
-    linears = attention_and_mlp(d, d, up_proj=(d, 4 * d), down_proj=(4 * d, d))
-    return Architecture(n_layers, linears, True, other, source)
+    return Architecture(n_layers, square_layer(d), True, other, source)
 
 
-def llama_architecture(
-    n_layers: int, d: int, d_kv: int, hidden: int, vocab_size: int, tied: bool, source: str
-) -> Architecture:
-    """Return the shapes of a Llama: gated MLP, no biases, norms with a weight only."""
-    other = vocab_size * d * (1 if tied else 2) + (2 * n_layers + 1) * d
-    mlp = {"gate_proj": (d, hidden), "up_proj": (d, hidden), "down_proj": (hidden, d)}
-    return Architecture(n_layers, attention_and_mlp(d, d_kv, **mlp), False, other, source)
+def llama_architecture(config: LlamaConfig, source: str = "") -> Architecture:
+    """Return the shapes of `Llama(config)`: gated MLP, no biases, norms with a weight only."""
+    c, d, d_ff = config, config.d_model, config.d_ff
+    d_q, d_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    linears = {
+        "q_proj": (d, d_q), "k_proj": (d, d_kv), "v_proj": (d, d_kv), "o_proj": (d_q, d),
+        "gate_proj": (d, d_ff), "up_proj": (d, d_ff), "down_proj": (d_ff, d),
+    }
+    other = c.vocab_size * d * (1 if c.tie_weights else 2) + (2 * c.n_layers + 1) * d
+    return Architecture(c.n_layers, linears, False, other, source)
 
+
+LLAMAS: dict[str, tuple[LlamaConfig, str]] = {  # and the source of the sizes
+    "llama-2-7b": (LlamaConfig(32000, 4096, 11008, 32, 32, 32),
+                   "Touvron et al. 2023, and the released configuration"),
+    "llama-3.1-8b": (LlamaConfig(128256, 4096, 14336, 32, 32, 8),
+                     "Dubey et al. 2024, table 3, released configuration"),
+    "llama-3.2-1b": (LlamaConfig(128256, 2048, 8192, 16, 32, 8, tie_weights=True),
+                     "config.json of meta-llama/Llama-3.2-1B"),
+    "tinyllama-1.1b": (LlamaConfig(32000, 2048, 5632, 22, 32, 4),
+                       "Zhang et al. 2024, and config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+    "smollm2-135m": (LlamaConfig(49152, 576, 1536, 30, 9, 3, 8192, tie_weights=True),
+                     "Allal et al. 2025, and the released configuration"),
+}
 
 PUBLISHED: dict[str, Architecture] = {
     f"gpt2-{size}": gpt_architecture(
@@ -132,16 +149,7 @@ PUBLISHED: dict[str, Architecture] = {
     "deberta-v2-xxlarge": deberta_v2_architecture(
         48, 1536, 128100, 256, "He et al. 2021, and the released configuration"
     ),
-    "llama-2-7b": llama_architecture(
-        32, 4096, 4096, 11008, 32000, False, "Touvron et al. 2023, and the released configuration"
-    ),
-    "llama-3.1-8b": llama_architecture(
-        32, 4096, 1024, 14336, 128256, False, "Dubey et al. 2024, table 3, released configuration"
-    ),
-    "smollm2-135m": llama_architecture(
-        30, 576, 192, 1536, 49152, True, "Allal et al. 2025, and the released configuration"
-    ),
-}
+} | {name: llama_architecture(config, source) for name, (config, source) in LLAMAS.items()}
 
 
 def adapter_h_parameters(n_adapters: int, d: int, r: int) -> int:
@@ -216,7 +224,7 @@ class Memory:
     Attributes
     ----------
     weights : int
-        All parameters, trained or not.
+        All parameters, trained or not, as they are stored.
     gradients : int
         Gradients of the trained parameters.
     moments : int
@@ -323,8 +331,8 @@ def measured_memory(model: Module, optimizer: Any) -> Memory:
     kept: dict[int, int] = {}
 
     def look(value: Any) -> None:
-        if isinstance(value, tuple):
-            for item in value:
+        if isinstance(value, (tuple, list, Rerun)):
+            for item in [value.x] if isinstance(value, Rerun) else value:
                 look(item)
         elif isinstance(value, np.ndarray):
             while isinstance(value.base, np.ndarray):
@@ -335,7 +343,7 @@ def measured_memory(model: Module, optimizer: Any) -> Memory:
         look(module._cache)
     parameters = list(model.parameters())
     return Memory(
-        sum(p.data.nbytes for p in parameters),
+        stored_bytes(model),
         sum(p.grad.nbytes for p in parameters if p.grad is not None),
         optimizer.state_bytes, sum(kept.values()),
     )

@@ -41,6 +41,7 @@ def test_counts_are_those_of_a_built_model(tie_weights, bias, targets):
         ("roberta-base", 124_645_632), ("roberta-large", 355_359_744),
         ("deberta-v2-xxlarge", 1_564_549_632),
         ("llama-2-7b", 6_742_609_920 - 4_194_304), ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.2-1b", 1_235_814_400), ("tinyllama-1.1b", 1_100_048_384),
         ("smollm2-135m", 134_515_008),
     ],
 )

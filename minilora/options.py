@@ -1,0 +1,56 @@
+"""The values of options on the command line: each function parses a text, or says what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return an argparse type: a whole number of `least` or more."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return int(text)
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """Parse a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def temperature(text: str) -> float:
+    """Parse a number of 0 or more."""
+    try:
+        return 0.0 if float(text) == 0.0 else positive(text)
+    except ValueError:
+        return positive(text)  # which raises the error
+
+
+def filled(text: str) -> str:
+    """Parse a path or name that is not empty, as of a shell variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def ranks(text: str) -> tuple[int, ...]:
+    """Parse "2,8"; each rank once, in the order given."""
+    return tuple(dict.fromkeys(whole(1)(part) for part in text.split(",")))
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Parse "q_proj,v_proj"."""
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
+    return parts
