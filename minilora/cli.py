@@ -21,7 +21,7 @@ from minilora.files.gpt2 import from_hf_gpt2
 from minilora.files.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from minilora.files.peft_read import describe_adapter, load_adapter
 from minilora.files.safetensors import describe_safetensors, printable
-from minilora.lab import bench, compare, plots
+from minilora.lab import bench, bench_llm, compare, plots
 from minilora.lab.counting import PUBLISHED
 from minilora.lab.counting_llama import base_bytes
 from minilora.lab.pretrain import RECIPES, pretrain
@@ -237,13 +237,16 @@ def bench_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--sizes", type=names, default=tuple(bench.SIZES), metavar="XS,S,M,L",
         help="model sizes to time (default: all)")
+    add("--llm", action="store_true",
+        help="time and weigh LoRA on SmolLM2-135M instead, in 4 bits and in float32")
     add("--peers", action="store_true", help="time PyTorch and PEFT as well, and print the ratios")
     add("--seconds", type=positive, default=6.0, help="seconds for each comparison (default: 6)")
 
 
 def bench_command(args: argparse.Namespace) -> None:
     """Print the timing table."""
-    print(bench.report(args.sizes, args.peers, args.seconds))
+    print(bench_llm.report(args.peers, args.seconds) if args.llm else
+          bench.report(args.sizes, args.peers, args.seconds))
 
 
 # ---- The parser and the entry point

@@ -6,6 +6,7 @@ ratios of medians. Everything runs on one thread; importing minilora limits BLAS
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -86,16 +87,18 @@ def torch_step(size: str, lora: bool) -> Step:
     return step
 
 
-def median_ms(steps: list[Step], seconds: float = 4.0) -> list[float]:
-    """Run the steps in turn for about `seconds`, after a warm-up.
+def seconds_in_turn(
+    steps: list[Step], seconds: float = 4.0, warm_up: int = 3
+) -> list[list[float]]:
+    """Run the steps in turn for about `seconds`, and at least five times, after a warm-up.
 
     Returns
     -------
-    list of float
-        The median time of each step, in milliseconds.
+    list of list of float
+        The times of each step, in seconds.
     """
     for step in steps:
-        for _ in range(3):
+        for _ in range(warm_up):
             step()
     times: list[list[float]] = [[] for _ in steps]
     until = time.perf_counter() + seconds
@@ -104,7 +107,12 @@ def median_ms(steps: list[Step], seconds: float = 4.0) -> list[float]:
             start = time.perf_counter()
             step()
             record.append(time.perf_counter() - start)
-    return [1e3 * statistics.median(record) for record in times]
+    return times
+
+
+def median_ms(steps: list[Step], seconds: float = 4.0) -> list[float]:
+    """Return the median time of each step, in milliseconds; see `seconds_in_turn`."""
+    return [1e3 * statistics.median(record) for record in seconds_in_turn(steps, seconds)]
 
 
 def sgemm_gflops() -> float:
@@ -141,7 +149,8 @@ def report(sizes: tuple[str, ...], peers: bool = False, seconds: float = 6.0) ->
     for size in sizes:
         config_and_batch(size)
     if peers:
-        use_one_torch_thread()
+        need_peers()
+        use_torch_threads(1)
     keep_freed_memory()  # as `fit` does
     peak = sgemm_gflops()
     head = ["size", "method", "ms/step", "of sgemm peak"]
@@ -167,13 +176,16 @@ def _cells(size: str, lora: bool, peers: bool, seconds: float, peak: float) -> l
     return cells
 
 
-def use_one_torch_thread() -> None:
-    """Limit PyTorch to one thread; raise an ImportError with a hint if a peer is missing."""
-    try:
-        import peft  # noqa: F401  # pyright: ignore[reportMissingImports]
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(
-            f"--peers needs torch and peft ({error}): pip install torch==2.13.0 peft"
-        ) from None
-    torch.set_num_threads(1)
+def need_peers() -> None:
+    """Raise an ImportError that says what to install if a peer is missing."""
+    missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"--peers needs torch and peft (no {', no '.join(missing)} here): "
+                          "pip install torch==2.13.0 peft")
+
+
+def use_torch_threads(threads: int) -> None:
+    """Limit PyTorch to so many threads."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(threads)

@@ -1,19 +1,22 @@
-"""The same GPT in PyTorch, for the peer tests and `minilora bench --peers`. Needs torch.
+"""The same GPT and Llama in PyTorch, for peer tests and `minilora bench --peers`. Needs torch.
 
-Its modules are named as in `minilora.GPT`, so a state dict only needs its linear weights
-transposed.
+The GPT's modules are named as in `minilora.GPT`, so a state dict only needs its linear weights
+transposed. The Llama is that of transformers.
 """
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from minilora.nn.functional import IGNORE_INDEX
 from minilora.nn.gpt import GPTConfig
+from minilora.nn.llama import LlamaConfig
 from minilora.nn.module import Module
 
 
@@ -95,12 +98,52 @@ def copy_weights(source: Module, target: nn.Module) -> None:
     })
 
 
-def add_peft_lora(model: nn.Module, rank: int, alpha: float) -> nn.Module:
-    """Return the model with PEFT's LoRA on every linear layer."""
+def add_peft_lora(
+    model: nn.Module, rank: int, alpha: float, names: list[str] | None = None
+) -> Any:
+    """Return the model with PEFT's LoRA on the linear layers of these names, or on every one."""
     from peft import LoraConfig, get_peft_model
 
-    names = sorted({
+    names = names or sorted({
         name.rpartition(".")[2] for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     })
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))
+
+
+def random_llama(config: LlamaConfig) -> Any:
+    """Return transformers' Llama of these sizes, with random weights and the usual rotations."""
+    import transformers
+
+    c = config
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff,
+        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, head_dim=c.head_dim,
+        num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.context_length,
+        tie_word_embeddings=c.tie_weights, rms_norm_eps=c.rms_norm_eps, use_cache=False,
+        bos_token_id=None, eos_token_id=None,
+    ))
+
+
+def answer_step(
+    model: Any, ids: np.ndarray, targets: np.ndarray, lr: float
+) -> Callable[[], float]:
+    """Return a function that does one training step of a Llama with PEFT, and returns the loss.
+
+    As `answer_loss` does, it computes logits only where there is a target.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01, fused=True)
+    where = torch.from_numpy(targets != IGNORE_INDEX)
+    tokens, wanted = torch.from_numpy(ids), torch.from_numpy(targets)[where]
+    llama = model.base_model.model
+
+    def step() -> float:
+        states = llama.model(input_ids=tokens).last_hidden_state
+        loss = nn.functional.cross_entropy(llama.lm_head(states[where]), wanted)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step

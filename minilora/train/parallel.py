@@ -34,16 +34,20 @@ MOST_THREADS = 4
 FLOPS_FOR_A_THREAD = 5e8  # with less work than this, sharing costs more than it saves
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def threads_that_pay(model: Module, batches: Iterable[Batch]) -> int:
     """Return how many threads pay off for this much work: at most one per core, and at most 4.
 
     A step takes about 6 FLOPs for each parameter and token.
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     tokens = sum(np.size(targets) for _, targets in batches)
     work = 6.0 * model.num_parameters() * tokens
-    return max(1, min(cores, MOST_THREADS, int(work / FLOPS_FOR_A_THREAD)))
+    return max(1, min(usable_cores(), MOST_THREADS, int(work / FLOPS_FOR_A_THREAD)))
 
 
 @functools.cache
