@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from minilora.data.generate import sample_tokens
-from minilora.data.tokenizer import CharTokenizer
+from minilora.data.tokenizer import CharTokenizer, load_tokenizer
 from minilora.exercises import grade
-from minilora.files.checkpoint import load_base, load_checkpoint, save_checkpoint
+from minilora.files.bases import load_model
+from minilora.files.checkpoint import save_checkpoint
 from minilora.files.gguf import describe_gguf, is_gguf
-from minilora.files.gpt2 import from_hf_gpt2
+from minilora.files.llama import to_hf_llama
 from minilora.files.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from minilora.files.peft_read import describe_adapter, load_adapter
 from minilora.files.safetensors import describe_safetensors, printable
@@ -25,22 +26,14 @@ from minilora.lab import bench, bench_llm, compare, plots
 from minilora.lab.counting import PUBLISHED
 from minilora.lab.counting_llama import base_bytes
 from minilora.lab.pretrain import RECIPES, pretrain
+from minilora.lab.tasks import TASKS
+from minilora.lab.teach import STUDY, Lesson, demonstrate, study
 from minilora.lora.wrap import merge_lora
-from minilora.nn.gpt import GPT
+from minilora.nn.llama import Llama
 from minilora.options import filled, names, positive, ranks, temperature, whole
 
 Parser = argparse.ArgumentParser
-MODEL_HELP = "base, small, a checkpoint, or a folder saved by transformers"
-
-
-def load_model(name: str) -> GPT:
-    """Load a shipped model by its name, a checkpoint, or a GPT-2 from a transformers folder."""
-    if name in RECIPES:  # even if there is a file or folder of that name; ./base means that one
-        return load_base(name)
-    if Path(name).is_dir():
-        return from_hf_gpt2(name)
-    is_path = Path(name).suffix or "/" in name or Path(name).is_file()
-    return load_checkpoint(name) if is_path else load_base(name)
+MODEL_HELP = "base, small, smollm2, a checkpoint, a GGUF file, or a folder saved by transformers"
 
 
 # ---- Commands
@@ -139,16 +132,52 @@ def generate_command(args: argparse.Namespace) -> None:
     model = load_model(args.base)
     if args.adapter:
         load_adapter(model, args.adapter)
-    tokenizer = CharTokenizer()
+    tokenizer = load_tokenizer(args.base) if isinstance(model, Llama) else CharTokenizer()
     prompt = args.prompt.replace("\\n", "\n")
     if not prompt:
         raise ValueError("the prompt is empty: give the model at least one character")
     ids = tokenizer.encode(prompt)
     tokens = sample_tokens(model, ids, args.tokens, args.temperature, args.top_k, args.seed)
     print(prompt, end="", flush=True)
-    for token in tokens:
-        print(tokenizer.decode(token), end="", flush=True)
+    for text in tokenizer.decode_stream(int(token[0]) for token in tokens):
+        print(text, end="", flush=True)
     print()
+
+
+def teach_options(parser: Parser) -> None:
+    """Add the options of `minilora teach`; those not given keep the defaults of `Lesson`."""
+    add, usual = parser.add_argument, Lesson()
+    add("--task", choices=sorted(TASKS), default="commands", help="(default: %(default)s)")
+    add("--base", type=filled, default="smollm2", help="smollm2, a GGUF file, or a folder of "
+        "transformers; its tokenizer needs SmolLM2's template (default: smollm2)")
+    add("--rank", type=whole(1), default=usual.rank, help="LoRA rank (default: %(default)s)")
+    add("--alpha", type=positive, help="LoRA alpha (default: twice the rank)")
+    add("--projections", type=names, metavar="q_proj,v_proj", default=usual.projections,
+        help="layers to adapt in each block (default: all seven)")
+    add("--upper", type=whole(0), default=usual.upper, metavar="BLOCKS",
+        help="adapt only so many of the uppermost blocks; 0 for all (default: %(default)s)")
+    add("--steps", type=whole(1), default=usual.steps, help="(default: %(default)s)")
+    add("--lr", type=positive, default=usual.learning_rate, help="(default: %(default)s)")
+    add("--batch-size", type=whole(1), default=usual.batch_size, help="(default: %(default)s)")
+    add("--seed", type=whole(0), default=0, help="of A and of the examples' order (default: 0)")
+    add("--study", action="store_true", help=f"{len(STUDY)} lessons that differ in one setting "
+        "each, about 20 minutes")
+    add("--out", type=filled, default="runs/teach", help="folder to write (default: %(default)s)")
+    training_options(parser)
+
+
+def teach_command(args: argparse.Namespace) -> None:
+    """Teach a language model a task, and show what it answers before and after."""
+    model = load_model(args.base)
+    if not isinstance(model, Llama):
+        raise ValueError(f"{args.base} is a GPT; a lesson needs a language model such as smollm2")
+    tokenizer = load_tokenizer(args.base)
+    how = args.out, args.threads, not args.no_progress
+    if args.study:
+        return study(model, tokenizer, args.task, *how)
+    lesson = Lesson(args.rank, args.alpha or 2.0 * args.rank, args.projections, args.upper,
+                    args.steps, args.lr, args.batch_size, args.seed)
+    return demonstrate(model, tokenizer, args.task, lesson, *how)
 
 
 def info_options(parser: Parser) -> None:
@@ -170,7 +199,7 @@ def merge_options(parser: Parser) -> None:
     """Add the arguments of `minilora merge`."""
     parser.add_argument("base", help=MODEL_HELP)
     parser.add_argument("adapter", help="folder of an adapter")
-    parser.add_argument("out", help="checkpoint to write, in float32")
+    parser.add_argument("out", help="checkpoint to write, in float32; of a Llama, a folder")
 
 
 def merge_command(args: argparse.Namespace) -> None:
@@ -178,7 +207,10 @@ def merge_command(args: argparse.Namespace) -> None:
     model = load_model(args.base)
     load_adapter(model, args.adapter)
     merge_lora(model, unload=True)
-    save_checkpoint(model, args.out)
+    if isinstance(model, Llama):
+        to_hf_llama(model, args.out)
+    else:
+        save_checkpoint(model, args.out)
     print(f"written to {args.out}: {model.num_parameters():,} parameters, A and B are merged")
 
 
@@ -259,6 +291,7 @@ def build_parser() -> Parser:
                     "and with LoRA; print a table, write figures"),
         "pretrain": (pretrain_options, pretrain_command, "train a base model on the docs corpus"),
         "generate": (generate_options, generate_command, "continue a text with a model"),
+        "teach": (teach_options, teach_command, "teach a language model in 4 bits a task"),
         "info": (info_options, info_command, "show what is in an adapter, checkpoint or GGUF file"),
         "merge": (merge_options, merge_command, "merge an adapter into a base for good"),
         "count": (count_options, count_command,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,10 @@ class CharTokenizer:
         ids = np.asarray(ids)
         ids = token_ids(ids, self.vocab_size) if ids.size else ids.astype(np.int64)
         return "".join(self.characters[i] for i in ids.ravel())
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of ids as they come. Raises as `decode` does."""
+        return (self.decode(np.asarray([i])) for i in ids)
 
 
 _KNOWN = frozenset(CharTokenizer.characters)

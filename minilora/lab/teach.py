@@ -260,7 +260,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def demonstrate(
-    model: Llama, tokenizer: BPETokenizer, name: str, lesson: Lesson, out: str,
+    model: Llama, tokenizer: Any, name: str, lesson: Lesson, out: str,
     threads: int | None = None, progress: bool = True,
 ) -> None:
     """Teach a task and print what the model answers before, with the adapter, and without it.
@@ -293,7 +293,7 @@ def demonstrate(
 
 
 def study(
-    model: Llama, tokenizer: BPETokenizer, name: str, out: str,
+    model: Llama, tokenizer: Any, name: str, out: str,
     threads: int | None = None, progress: bool = True,
 ) -> None:
     """Teach the lessons of STUDY one after another; write their results to the folder `out`."""

@@ -1,0 +1,29 @@
+"""Load whatever somebody names as a base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minilora.files.checkpoint import load_base, load_checkpoint
+from minilora.files.gguf import is_gguf
+from minilora.files.gguf_llama import load_gguf
+from minilora.files.gpt2 import from_hf_gpt2
+from minilora.files.hf_folder import HF_CONFIG
+from minilora.files.llama import from_hf_llama
+from minilora.files.settings import read_json
+from minilora.nn.gpt import GPT
+from minilora.nn.llama import Llama
+
+
+def load_model(name: str) -> GPT | Llama:
+    """Load a base by its name, a checkpoint, a GGUF file, or a folder of transformers."""
+    if name in ("base", "small", "smollm2"):  # even if there is such a file; ./base means that one
+        return load_base(name)
+    path = Path(name)
+    if path.is_dir():
+        kind = read_json(path / HF_CONFIG).get("model_type")
+        return from_hf_llama(name) if kind == "llama" else from_hf_gpt2(name)
+    if path.is_file() and is_gguf(path):
+        return load_gguf(name)
+    return load_checkpoint(name) if path.suffix or "/" in name or path.is_file() else (
+        load_base(name))
