@@ -29,7 +29,6 @@ from minilora.lab.tasks import TASKS, Pair, Task
 from minilora.lora.qlora import stored_bytes
 from minilora.lora.wrap import remove_lora, replace_linear_with_lora
 from minilora.nn.llama import Llama
-from minilora.nn.validate import check_sizes
 from minilora.train.history import History
 from minilora.train.loop import fit
 from minilora.train.mode import evaluating
@@ -108,7 +107,8 @@ class Outcome:
 def adapt(model: Llama, lesson: Lesson) -> int:
     """Add LoRA to a model as a lesson says, and return the first layer that has it."""
     layers = model.config.n_layers
-    check_sizes("adapt", layers=layers - lesson.upper + 1)
+    if not 0 <= lesson.upper <= layers:
+        raise ValueError(f"the model has {layers} blocks: it has no upper {lesson.upper}")
     first = layers - lesson.upper if lesson.upper else 0
     targets = [f"model.layers.{i}.*.{name}" for i in range(first, layers)
                for name in lesson.projections]
@@ -174,10 +174,10 @@ def teach(
     training, held_out = (states(model, rows, first, threads) for rows in (training, held_out))
     trained = [p for p in model.parameters() if p.requires_grad]
     lr, steps = lesson.learning_rate, lesson.steps
+    schedule = cosine_schedule(lr, steps, warmup=min(steps - 1, max(1, steps // 20)))
     history = fit(
         model, shuffled_batches(training, lesson.batch_size, lesson.seed),
-        AdamW(trained, lr, weight_decay=0.0), steps,
-        schedule=cosine_schedule(lr, steps, warmup=max(1, steps // 20)), clip_norm=1.0,
+        AdamW(trained, lr, weight_decay=0.0), steps, schedule, clip_norm=1.0,
         validation=batches(held_out), validate_every=validate_every, threads=threads,
         progress=progress, loss=functools.partial(answer_loss, first=first),
     )
