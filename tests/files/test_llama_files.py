@@ -464,6 +464,7 @@ def other_shape(name, shape, kind="F32"):
     (other_shape("blk.0.attn_norm.weight", 65), r"should have shape \(64,\), found \(65,\)"),
     (other_shape("blk.0.attn_norm.weight", 64, "Q8_0"), r"\(64,\), found \(64, 1\)"),
     (other_shape("blk.0.attn_q.weight", (63, 64)), "attn_q.weight has 63 rows, .* 4 heads"),
+    (other_shape("blk.0.attn_q.weight", (60, 64)), "attn_q.weight has 60 rows, .* 4 heads"),
     (other_shape("blk.0.attn_q.weight", (32, 64)), r"q_proj.weight should .*found \(64, 32\)"),
     (other_shape("blk.0.attn_q.weight", 64), "attn_q.weight has 1 rows"),
     (other_shape("token_embd.weight", (40, 32)), r"embed_tokens.weight .*found \(40, 32\)"),
