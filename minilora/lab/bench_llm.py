@@ -54,14 +54,14 @@ def random_rows(vocab_size: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 def load(kind: str, base: str) -> Any:
     """Return a model with LoRA; PyTorch's has the sizes of the base, but random weights."""
-    if kind == PYTORCH:
-        from minilora.lab import torch_peer
-
-        config = load_base(base).config
-        return torch_peer.add_peft_lora(torch_peer.random_llama(config), RANK, ALPHA, PROJECTIONS)
     model = load_base(base, quantized=kind != FLOAT32)
     if not isinstance(model, Llama):
         raise ValueError(f"{base!r} is no Llama, but a {type(model).__name__}")
+    if kind == PYTORCH:
+        from minilora.lab import torch_peer
+
+        peer = torch_peer.random_llama(model.config)
+        return torch_peer.add_peft_lora(peer, RANK, ALPHA, PROJECTIONS)
     model.recompute = kind == RECOMPUTE
     return replace_linear_with_lora(model, RANK, ALPHA, PROJECTIONS, rng=0)
 
