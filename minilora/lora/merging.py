@@ -96,7 +96,7 @@ class Mergeable(Module):
 
     def _parameters(self) -> list[Parameter]:
         parameters = self.linear.weight, self.linear.bias, *self.task_parameters()
-        return [p for p in parameters if type(p) is Parameter]  # quantised ones never change
+        return [p for p in parameters if p is not None]
 
     def _switched(self, writeable: bool) -> None:
         """Lock or unlock the arrays that W' was made of; no backward fits an earlier forward."""

@@ -14,13 +14,14 @@ from minilora.nn.layers import Linear
 from minilora.nn.module import M, Module
 from minilora.nn.normal_float import NF4
 from minilora.nn.quantized import Q4_1, Int8, QuantizedParameter, in_floats
-from minilora.nn.validate import closest
+from minilora.nn.validate import check_flag, closest
 
 FORMATS = {"nf4": NF4, "int8": Int8, "q4_1": Q4_1, "q8_0": Int8}
 
 
 def quantize(
-    model: M, kind: str = "nf4", target_modules: str | list[str] | None = None, **options: bool
+    model: M, kind: str = "nf4", target_modules: str | list[str] | None = None,
+    double: bool = True,
 ) -> M:
     """Store the weights of a model's Linears in 4 or 8 bits, in place, and return the model.
 
@@ -31,17 +32,21 @@ def quantize(
     ----------
     kind : "nf4" (4.127 bits a weight), "int8" or "q8_0" (8.5), "q4_1" (5)
     target_modules : names or globs; None: every Linear but lm_head, as transformers does
-    options : for "nf4", double=False keeps its scales in 32 bits (4.5 bits a weight)
+    double : if False, the scales of "nf4" stay in 32 bits (4.5 bits a weight)
 
     Raises
     ------
-    ValueError : for another kind, if a name matches nothing, or if a weight is not finite
+    ValueError : for another kind or option, if a name matches nothing, or if a weight is not finite
     RuntimeError : if LoRA layers are merged
     TypeError : if the model is a bare layer or not a Module
     """
     if kind not in FORMATS:
         raise ValueError(f"kind must be one of {', '.join(FORMATS)}, got {kind!r}"
                          f"{closest(str(kind), FORMATS)}")
+    check_flag(double=double)
+    if not double and kind != "nf4":
+        raise ValueError(f"only nf4 has scales that are quantised too, not {kind}")
+    options = {} if double else {"double": False}
     linears = _linears(model)
     names = match_names(list(linears), target_modules)
     if target_modules is None:

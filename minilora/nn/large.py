@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from minilora.nn.fast import matmul
 from minilora.nn.layers import Dropout, Embedding, TiedHead
-from minilora.nn.module import Module, Parameter
+from minilora.nn.module import M, Module, Parameter
 from minilora.nn.quantized import QuantizedParameter
 from minilora.nn.validate import check_dout, check_width, token_ids
 
@@ -87,3 +87,31 @@ class Rerun:
         self.layer(self.x)
         for generator, state in later.items():
             generator.state = state
+
+
+# ---- A part of the layers, a part of the positions
+
+
+def layers_from(first: int, layers: Iterable[M]) -> list[M]:
+    """Return the layers from `first` on, none if it is their number. ValueError for others."""
+    found = list(layers)
+    if not 0 <= first <= len(found):
+        raise ValueError(f"there are {len(found)} layers, so none can be layer {first}")
+    return found[first:]
+
+
+def check_states(x: np.ndarray, width: int) -> np.ndarray:
+    """Return x. Raises ValueError unless it has the shape of `Llama.states`, (B, T, width)."""
+    if np.ndim(x) != 3 or np.shape(x)[2] != width or not np.size(x):
+        raise ValueError(f"states must have shape (B, T, {width}), got {np.shape(x)}")
+    return x
+
+
+def at_places(x: np.ndarray, where: np.ndarray | None) -> np.ndarray:
+    """Return x[where], (B, T, C) -> (n, C), or x for None. ValueError unless it is booleans."""
+    if where is None:
+        return x
+    if np.asarray(where).dtype != bool or np.shape(where) != x.shape[:2]:
+        raise ValueError(f"where must be booleans of shape {x.shape[:2]}, got "
+                         f"{np.asarray(where).dtype} {np.shape(where)}")
+    return x[where]

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from minilora.nn import large
 from minilora.nn.functional import causal_mask, rows, softmax, softmax_backward
-from minilora.nn.large import BlockedHead, LargeEmbedding, Rerun, forget
 from minilora.nn.layers import Linear
 from minilora.nn.module import Module, ModuleList, Parameter
 from minilora.nn.rotary import RopeScaling, as_floats, rope_frequencies, rope_tables, rotate
@@ -241,7 +241,7 @@ class LlamaModel(Module):
 
     def __init__(self, config: LlamaConfig, dtype: Any = np.float32, rng: Rng = None):
         rng, c = make_rng(rng), config
-        self.embed_tokens = LargeEmbedding(c.vocab_size, c.d_model, dtype, rng)
+        self.embed_tokens = large.LargeEmbedding(c.vocab_size, c.d_model, dtype, rng)
         self.layers = ModuleList(LlamaBlock(c, dtype, rng) for _ in range(c.n_layers))
         self.norm = RMSNorm(c.d_model, c.rms_norm_eps, dtype)
 
@@ -260,7 +260,7 @@ class Llama(Module):
         rng, c = make_rng(rng), config
         self.config, self.recompute = config, False
         self.model = LlamaModel(c, dtype, rng)
-        self.lm_head: Module = (BlockedHead(self.model, "embed_tokens") if c.tie_weights else
+        self.lm_head: Module = (large.BlockedHead(self.model, "embed_tokens") if c.tie_weights else
                                 Linear(c.d_model, c.vocab_size, False, dtype, rng))
         vars(self.lm_head)["of_config"] = True  # a head that replaces it belongs to a task
         for p in self.parameters():
@@ -286,17 +286,17 @@ class Llama(Module):
         where : booleans (B, T), True at n places; the head is the dearest part of a small model
         first : if above 0, `ids` are what `states` returned for this layer
         """
-        x = self.embed(ids) if first == 0 else ids
+        x = self.embed(ids) if first == 0 else large.check_states(ids, self.config.d_model)
         kept = []
-        for layer in list(self.model.layers)[first:]:
+        for layer in large.layers_from(first, self.model.layers):
             if self.recompute and self.training:
-                kept.append(Rerun(layer, x))
+                kept.append(large.Rerun(layer, x))
             x = layer(x)
             if kept:
-                forget(layer)
+                large.forget(layer)
         x = self.model.norm(x)
         self._save(x.shape, where, first, kept)
-        return self.lm_head(x if where is None else x[where])
+        return self.lm_head(large.at_places(x, where))
 
     def backward(self, dout: np.ndarray) -> None:
         """Fill the gradients from dlogits, of the logits' shape. Token ids have no gradient.
@@ -306,11 +306,11 @@ class Llama(Module):
         shape, where, first, kept = self._take()
         dx = self.lm_head.backward(dout)
         if where is not None:
-            dx, at_places = np.zeros(shape, dx.dtype), dx
-            dx[where] = at_places
+            dx, picked = np.zeros(shape, dx.dtype), dx
+            dx[where] = picked
         dx = self.model.norm.backward(dx)
         embedded = first == 0 and self.model.embed_tokens.is_trainable()
-        layers = list(self.model.layers)[first:]
+        layers = large.layers_from(first, self.model.layers)
         while not embedded and layers and not layers[0].is_trainable():
             layers.pop(0)
         for layer in reversed(layers):
@@ -322,8 +322,8 @@ class Llama(Module):
 
     def states(self, ids: np.ndarray, layer: int) -> np.ndarray:
         """Return what enters a layer: ids (B, T) -> (B, T, C). It and those above are not run."""
-        x = self.embed(ids)
-        for below in list(self.model.layers)[:layer]:
+        x, above = self.embed(ids), large.layers_from(layer, self.model.layers)
+        for below in list(self.model.layers)[: self.config.n_layers - len(above)]:
             x = below(x)
-            forget(below)
+            large.forget(below)
         return x

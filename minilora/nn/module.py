@@ -181,8 +181,8 @@ class Module:
 
     def unfreeze(self) -> Self:
         """Make every parameter trainable, and return the module."""
-        for parameter in self.parameters():
-            parameter.requires_grad = True
+        for parameter in sorted(self.parameters(), key=lambda p: type(p) is Parameter):
+            parameter.requires_grad = True  # first of those that refuse it
         return self
 
     def train(self, mode: bool = True) -> Self:

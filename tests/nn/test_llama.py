@@ -392,8 +392,27 @@ def test_bad_shapes(ids):
         model.backward(np.zeros((3, 6, 10)))
     with pytest.raises(RuntimeError, match="backward needs a forward just before it"):
         model.backward(np.zeros((3, 6, 11)))
-    with pytest.raises(ValueError, match=r"RMSNorm\(8, .* expects input of shape \(..., 8"):
-        model.forward(np.zeros((3, 6, 7)), None, 1)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ((np.zeros((3, 6, 7)), None, 1), r"states must have shape \(B, T, 8\), got \(3, 6, 7\)"),
+    ((np.zeros((6, 8)), None, 1), r"states must have shape \(B, T, 8\), got \(6, 8\)"),
+    ((np.zeros((3, 0, 8)), None, 1), r"states must have shape"),
+    ((np.zeros((3, 6, 8)), None, 9), "so none can be layer 9"),
+    ((np.zeros((3, 6, 8)), None, -1), "so none can be layer -1"),
+    ((np.zeros((3, 6), int), np.ones((3, 5), bool)), r"booleans of shape \(3, 6\), got bool \(3, 5"),
+    ((np.zeros((3, 6), int), np.ones((3, 6), int)), r"booleans of shape \(3, 6\), got int64"),
+])
+def test_bad_parts_of_a_model(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        llama().forward(*arguments)
+
+
+def test_unfreezing_a_quantised_model_changes_nothing():
+    model = ml.quantize(llama().freeze(), "int8")
+    with pytest.raises(TypeError, match="cannot be trained: dequantize"):
+        model.unfreeze()
+    assert not model.is_trainable()
 
 
 @pytest.mark.parametrize("change, words", [

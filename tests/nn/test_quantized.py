@@ -225,7 +225,7 @@ def test_a_state_dict_is_in_floats_but_cannot_be_loaded():
     name = "model.layers.0.mlp.up_proj.weight"
     changed = {key: array + 1 for key, array in state.items()}
     for given, strict in ((changed, True), ({name: changed[name]}, False)):
-        with pytest.raises(ValueError, match=f"{name} is read-only: .*quantised, dequantize"):
+        with pytest.raises(ValueError, match=f"{name} is read-only: dequantize first"):
             model.load_state_dict(given, strict)
     for key, array in model.state_dict().items():
         assert np.array_equal(array, state[key]), key
@@ -392,8 +392,8 @@ def test_layers_that_share_a_weight_share_it_afterwards(rng):
     (lambda m: ml.quantize(m, None), ValueError, "kind must be one of nf4, int8, q4_1, q8_0"),
     (lambda m: ml.quantize(m, target_modules="q_pro"), ValueError, "did you mean 'q_proj'"),
     (lambda m: ml.quantize(m, target_modules=[]), ValueError, "the list is empty"),
-    (lambda m: ml.quantize(m, "int8", double=False), TypeError, "double"),
-    (lambda m: ml.quantize(m, double="no", typo=1), TypeError, "typo"),
+    (lambda m: ml.quantize(m, "int8", double=False), ValueError, "only nf4 has scales that"),
+    (lambda m: ml.quantize(m, double="no"), TypeError, "double must be True or False, got 'no'"),
     (lambda m: ml.quantize(ml.Linear(2, 2)), TypeError, "a bare Linear cannot be replaced"),
     (lambda m: ml.dequantize(ml.Linear(2, 2)), TypeError, "a bare Linear cannot be replaced"),
     (lambda m: ml.quantize("m"), TypeError, "expected a Module"),
