@@ -35,7 +35,7 @@ def pytest_collection_finish(session):
     """Start the notebooks before the first test: they take longest, and most use one core."""
     wanted = [item for item in session.items if item.name.startswith("test_the_notebook_runs")]
     if wanted and not session.config.option.collectonly:
-        wanted[0].module.start_all()
+        wanted[0].module.start([item.callspec.params["source"] for item in wanted])
 
 
 @pytest.fixture

@@ -400,7 +400,7 @@ def test_bad_shapes(ids):
     ((np.zeros((3, 0, 8)), None, 1), r"states must have shape"),
     ((np.zeros((3, 6, 8)), None, 9), "so none can be layer 9"),
     ((np.zeros((3, 6, 8)), None, -1), "so none can be layer -1"),
-    ((np.zeros((3, 6), int), np.ones((3, 5), bool)), r"booleans of shape \(3, 6\), got bool \(3, 5"),
+    ((np.zeros((3, 6), int), np.ones((3, 5), bool)), r"shape \(3, 6\), got bool \(3, 5"),
     ((np.zeros((3, 6), int), np.ones((3, 6), int)), r"booleans of shape \(3, 6\), got int64"),
 ])
 def test_bad_parts_of_a_model(arguments, words):
