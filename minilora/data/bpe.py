@@ -42,8 +42,8 @@ class BPETokenizer:
     def from_json(cls, path: str | Path, eos: str | None = None) -> BPETokenizer:
         """Make the tokenizer in a tokenizer.json. Its post_processor is ignored: no BOS is added.
 
-        `eos` is a token; by default it is taken from the tokenizer_config.json beside the file, if
-        there is one. Raises CheckpointError if a setting is not supported, and FileNotFoundError.
+        `eos` is a token; by default that of the tokenizer_config.json beside the file, if there is
+        one. Raises CheckpointError if a setting is not supported, and FileNotFoundError.
         """
         return cls(read_vocabulary(Path(path), eos))
 
@@ -55,8 +55,8 @@ class BPETokenizer:
         text
             Any text without lone surrogates.
         special
-            Whether special tokens in the text, such as <|im_end|>, become one id each. False takes
-            them for plain text, so that the text of a stranger cannot control the model.
+            Whether special tokens in the text, such as <|im_end|>, become one id each. If not,
+            they are plain text, and a stranger's text cannot control the model.
 
         Raises
         ------
@@ -85,10 +85,9 @@ class BPETokenizer:
         return ids
 
     def decode(self, ids: np.ndarray | Sequence[int], skip_special: bool = False) -> str:
-        """Convert token ids, (T,), to text, with or without special tokens.
+        """Convert token ids, (T,), to text. Bytes that are not UTF-8 become U+FFFD.
 
-        Bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id outside of the
-        vocabulary, and TypeError if the ids are not integers.
+        Raises ValueError for an id outside of the vocabulary, and TypeError for other types.
         """
         return "".join(self.decode_stream(np.asarray(ids).ravel(), skip_special))
 
@@ -121,10 +120,7 @@ class BPETokenizer:
         system
             The system message if `messages` begin with none; None for none at all.
 
-        Raises
-        ------
-        ValueError
-            If a message is not of this form, or if the tokenizer has no <|im_start|> or <|im_end|>.
+        Raises ValueError for other messages, or if the tokenizer has not the template's tokens.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
