@@ -176,19 +176,24 @@ for prompt, answer in zip(prompts[:4], teach.answers(model, tokenizer, prompts[:
 
 # %% [markdown]
 # Of course it cannot know what we want. The honest rival of fine-tuning is to tell it: with an
-# instruction, and with examples before each question, as if it had answered them itself.
+# instruction, and with one example of each of the six kinds of command before each question, as if
+# it had answered them itself.
 
 # %%
-for shots in (0, 6):
-    given = teach.answers(model, tokenizer, prompts, task.instruction, task.training[:shots])
+print(task.instruction)
+one_of_each = {}
+for prompt, answer in task.training:
+    one_of_each.setdefault(json.loads(answer)["do"], (prompt, answer))
+for shots in ([], list(one_of_each.values())):
+    given = teach.answers(model, tokenizer, prompts, task.instruction, shots)
     right = teach.exact(given, tested)
-    print(f"an instruction and {shots} examples: {right} of {len(tested)} exactly right")
+    print(f"an instruction and {len(shots)} examples: {right} of {len(tested)} exactly right")
     for prompt, answer in list(zip(prompts, given, strict=True))[:3]:
         print(f"    {prompt}\n        {answer!r}")
 
 # %% [markdown]
-# With six examples the form is right and the content is not. A larger model would do better; this
-# one has to be taught.
+# With six examples it answers in JSON, but seldom with the right words in it. A larger model would
+# do better; this one has to be taught.
 #
 # ## Teaching it
 #
