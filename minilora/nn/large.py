@@ -17,7 +17,7 @@ HEAD_BLOCK = 8192  # words of the vocabulary
 
 
 def rows_of(weight: Parameter, index: Any) -> np.ndarray:
-    """Return weight.data[index]; of a quantised table, only these rows are computed."""
+    """Return weight.data[index]; of a quantised table, only these rows are decoded."""
     return weight.at(index) if isinstance(weight, QuantizedParameter) else weight.data[index]
 
 
@@ -34,7 +34,7 @@ class LargeEmbedding(Embedding):
 class BlockedHead(TiedHead):
     """y = x Wᵀ with the W of an embedding, for `HEAD_BLOCK` words at a time while W is frozen.
 
-    A vocabulary is large. If its embeddings are quantised, W is never there as a whole.
+    A vocabulary is large. If its embeddings are quantised, W is never decoded as a whole.
     """
 
     def forward(self, x: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """A Llama: the architecture of Llama 2 and 3, SmolLM2 and TinyLlama, at any size.
 
-Touvron et al. 2023, "LLaMA", arXiv:2302.13971, section 2.2. It differs from a GPT in four places:
-RMSNorm, rotary positions, key and value heads that several query heads share, and a gated MLP.
-Modules have transformers' names, so that PEFT's adapters fit.
+Touvron et al. 2023, "LLaMA", arXiv:2302.13971, section 2.2. It has no biases, and differs from a
+GPT in four parts: RMSNorm, rotary positions, a gated MLP, and, from Llama 2 on (arXiv:2307.09288),
+key and value heads that several query heads share. Modules have transformers' names, so that
+PEFT's adapters fit.
 
 Letters used for shapes: B batch, T time (positions), S positions that are looked at, C channels
 (d_model), F d_ff, H query heads, K key heads, G = H / K, D head width, V vocabulary.
@@ -62,7 +63,7 @@ class LlamaConfig:
         return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
 
-# ---- RMSNorm. Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
+# ---- RMSNorm. Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", equation 4, and eps.
 
 
 class RMSNorm(Module):
@@ -205,7 +206,7 @@ class SwiGLU(Module):
         return self.down_proj(gate * sigmoid(gate) * up)
 
     def backward(self, dout: np.ndarray) -> np.ndarray:
-        """dup = dh silu(g), dgate = dh up silu'(g);  silu'(g) = s + g s (1 - s), s = sigmoid(g)."""
+        """dup = dh silu(g), dg = dh up silu'(g), silu'(g) = s + g s (1 - s) with s = sigmoid(g)."""
         gate, up = self._take()
         dh = self.down_proj.backward(dout)
         s = sigmoid(gate)
@@ -283,7 +284,7 @@ class Llama(Module):
 
         Parameters
         ----------
-        where : booleans (B, T), True at n places; the head is the dearest part of a small model
+        where : booleans (B, T), True at n places; the head is a small model's costliest layer
         first : if above 0, `ids` are what `states` returned for this layer
         """
         x = self.embed(ids) if first == 0 else large.check_states(ids, self.config.d_model)

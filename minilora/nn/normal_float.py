@@ -1,4 +1,4 @@
-"""NF4, the 4-bit format of QLoRA, whose values are spaced as a normal distribution is.
+"""NF4, the 4-bit format of QLoRA, whose values are quantiles of a normal distribution.
 
 Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, section 3 and appendix E.
 """
@@ -17,8 +17,11 @@ SCALE_BLOCK = 256  # scales that share a scale of their own
 def normal_float(offset: float = 0.9677083) -> np.ndarray:
     """Return NF4's 16 values: quantiles of N(0, 1), 8 above zero and 7 below it, and zero.
 
-    QLoRA, section 3 and appendix E. The probabilities are evenly spaced, so that normal weights use
-    all codes about equally. The outermost, `offset`, is that of the authors' code.
+    QLoRA, section 3 and appendix E. On either side of zero, the probabilities are evenly spaced, so
+    that normal weights use the codes more evenly than they would use evenly spaced values. (Not
+    equally: the largest weight of a block becomes 1 or -1, and the others seldom come near it;
+    Yoshida 2023, arXiv:2306.06965.) The outermost probability, `offset`, is that of the authors'
+    code, 1 - (1/30 + 1/32) / 2.
     """
 
     def quantiles(n: int) -> list[float]:

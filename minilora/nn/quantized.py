@@ -1,11 +1,11 @@
-"""Weights that are stored in 4 or 8 bits and computed when they are read: the formats of GGUF.
+"""Weights that are stored in 4 or 8 bits and decoded when they are read: the formats of GGUF.
 
 Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, section 3: a frozen weight W is stored in few bits,
-and y = x dequant(W) + scale * x A B is computed in floating point (equation 5). Backward reads
-dequant(W) once more, for dx = dout dequant(W)ᵀ; W itself has no gradient.
+and y = x dequant(W) + scale * x A B is computed in floating point (equation 5, there without the
+scale). Backward decodes W once more, for dx = dout dequant(W)ᵀ + ...; W itself has no gradient.
 
 A matrix (in, out) is cut into blocks of rows, and each column of a block has a scale of its own. A
-few blocks are computed at a time, so that intermediate results stay in the processor's cache.
+few blocks are decoded at a time, so that intermediate results stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 from minilora.nn.module import M, Parameter
 from minilora.nn.validate import float_dtype
 
-PIECE = 131_072  # weights that are computed at a time: 512 KiB
+PIECE = 131_072  # weights that are decoded at a time: 512 KiB
 Parts = dict[str, np.ndarray]
 
 
 class QuantizedParameter(Parameter):
-    """A frozen weight whose `data` is computed when it is read, and cannot be written to.
+    """A frozen weight whose `data` is decoded when it is read, and cannot be written to.
 
     Copies of a model share its parts. A subclass is a format: `block` is how many inputs share a
     scale, `encode` takes w (blocks, block, out), `decode` fills w (blocks, 2, block / 2, out).
@@ -82,7 +82,7 @@ class QuantizedParameter(Parameter):
         return np.moveaxis(w, 0, -1) if self.transposed else w
 
     def at(self, index: Any) -> np.ndarray:
-        """Return data[index]; if transposed, compute only these rows."""
+        """Return data[index]; if transposed, decode only these rows."""
         return self._columns(index) if self.transposed else self.data[index]
 
     @property

@@ -1,7 +1,8 @@
 """Rotary positions: Su et al. 2021, "RoFormer", arXiv:2104.09864, equations 15 and 34.
 
 Queries and keys are turned by angles that grow with their position. Attention takes their scalar
-product, which depends on the difference of the angles only: positions act as distances.
+product, which depends only on the difference of the angles, and so on how far apart they are.
+Channels are paired as in transformers, i with i + D/2; the paper pairs neighbours, 2i - 1 and 2i.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from minilora.nn.validate import check_sizes
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's way to longer contexts: slow rotations are slowed down `factor` times.
+    """Llama 3.1's way to longer contexts: slow rotations become slower by `factor`.
 
-    Positions turn a pair fast if it makes more than `high_freq_factor` turns within
-    `original_context_length`, slowly if fewer than `low_freq_factor`; in between it is a mixture.
+    A pair of channels that makes more than `high_freq_factor` turns in `original_context_length`
+    positions is fast, and stays as it is; one that makes fewer than `low_freq_factor` is slow; in
+    between, the two frequencies are mixed. Source: `apply_scaling` in Meta's llama-models.
     """
 
     factor: float
@@ -72,8 +74,8 @@ def rope_tables(
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """Turn each pair of channels (i, i + D/2) by its angle: x (..., T, D) -> (..., T, D).
 
-    A rotation by the opposite angle is the inverse, and the transpose: with -sin, this is backward.
-    (q turned by s) · (k turned by t) depends on s - t only: positions act as distances.
+    The inverse of a rotation is its transpose, the rotation by the opposite angle: with -sin, this
+    is backward. (q turned by s) · (k turned by t) = q · (k turned by t - s).
     """
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
