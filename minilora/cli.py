@@ -155,13 +155,13 @@ def teach_options(parser: Parser) -> None:
     add("--projections", type=names, metavar="q_proj,v_proj", default=usual.projections,
         help="layers to adapt in each block (default: all seven)")
     add("--upper", type=whole(0), default=usual.upper, metavar="BLOCKS",
-        help="adapt only so many of the uppermost blocks; 0 for all (default: %(default)s)")
+        help="adapt only this many of the uppermost blocks; 0 for all (default: %(default)s)")
     add("--steps", type=whole(1), default=usual.steps, help="(default: %(default)s)")
     add("--lr", type=positive, default=usual.learning_rate, help="(default: %(default)s)")
     add("--batch-size", type=whole(1), default=usual.batch_size, help="(default: %(default)s)")
     add("--seed", type=whole(0), default=0, help="of A and of the examples' order (default: 0)")
-    add("--study", action="store_true", help=f"{len(STUDY)} lessons that differ in one setting "
-        "each, about 20 minutes")
+    add("--study", action="store_true", help=f"{len(STUDY)} lessons with different settings, "
+        "about 20 minutes")
     add("--out", type=filled, default="runs/teach", help="folder to write (default: %(default)s)")
     training_options(parser)
 

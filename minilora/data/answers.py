@@ -17,7 +17,7 @@ def answer_loss(
 ) -> tuple[float, np.ndarray]:
     """Return the mean loss in nats over the targets, and its gradient: a `loss` for `fit`.
 
-    Logits are computed only where there is a target, and columns behind the last one are dropped.
+    Logits are computed only where there is a target, and columns after the last one are dropped.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def pad(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
     Returns
     -------
     inputs
-        (B, T) or (B, T, C), with zeros behind the end of a row.
+        (B, T) or (B, T, C), with zeros after the end of a row.
     targets
         (B, T), with IGNORE_INDEX there.
     """
@@ -82,9 +82,9 @@ def example(prompt: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, np.ndar
 def shuffled_batches(
     examples: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int, rng: Rng = 0
 ) -> Iterator[Batch]:
-    """Yield batches of examples without end, in a new order each time that all were used.
+    """Yield batches of examples without end, in a new order whenever all have been used.
 
-    What does not fill the last batch of an order is left out of it.
+    What is left at the end of an order, too few for a batch, is skipped.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """Keys and values that are kept while a text is written, so that each token is read only once.
 
-Shazeer 2019, "Fast Transformer Decoding", arXiv:1911.02150, section 2.4. No position looks at those
-behind it, so its keys and values stay the same when tokens are added. A new token then costs one
-position, which looks at the keys of all before it, instead of the whole text anew.
+Shazeer 2019, "Fast Transformer Decoding", arXiv:1911.02150, section 2.4. No position looks at later
+ones, so its keys and values stay the same when tokens are added. A new token then costs one
+position, which looks at the keys of all before it, instead of the whole text again.
 
 The models' own forwards know nothing of this: `Cache` calls the same modules in the same order, but
 for the attention, to which it gives the keys and values that it has kept.
@@ -192,7 +192,7 @@ class Cache:
 def whole_logits(model: Any, texts: Sequence[np.ndarray]) -> np.ndarray:
     """Return what `Cache.next_logits` does, (B, V), by the forward of any model.
 
-    It reads the last `context_length` tokens of each text, all anew. Only texts of the same length
+    It reads the last `context_length` tokens of each text, all of them. Only texts of equal length
     are read together, because nothing is known of what the model would do with padding.
     """
     texts = [text[-model.config.context_length :] for text in texts]
@@ -208,8 +208,8 @@ def whole_logits(model: Any, texts: Sequence[np.ndarray]) -> np.ndarray:
 class Unpacked:
     """A context in which a model's quantised weights are floating-point numbers.
 
-    A quantised weight is computed each time that it is used. That takes several times as long as
-    its product with one token, so to generate it is better to compute all of them once. This takes
+    A quantised weight is decoded each time that it is used. That takes several times as long as
+    its product with one token, so to generate it is better to decode all of them once. This takes
     4 bytes for each weight, 538 MB for SmolLM2. Nothing else of the model changes, and at the end
     of the `with` statement its weights are the same objects as before. The context can be entered
     again: the copy is made once, and lives as long as this object.

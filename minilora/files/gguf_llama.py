@@ -1,6 +1,6 @@
 """Load a Llama from a GGUF file, the format of llama.cpp.
 
-A linear layer is stored as (out, in), Wᵀ of ours, so that its blocks run along the inputs, as
+A linear layer is stored as (out, in), the transpose of ours. Its blocks run along the inputs, as
 those of `nn.quantized` do.
 """
 
@@ -41,8 +41,8 @@ def load_gguf(path: str | Path, dtype: Any = np.float32, quantized: bool = True)
     dtype
         np.float32 or np.float64, in which the model computes.
     quantized
-        If True, quantised weights keep their 4 or 8 bits, and are computed whenever they are used.
-        If False, they are computed once; that is faster, and takes 32 bits or more.
+        If True, quantised weights keep their 4 or 8 bits, and are decoded whenever they are used.
+        If False, they are decoded once; that is faster, and takes 32 bits or more.
 
     Raises
     ------

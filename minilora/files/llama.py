@@ -1,6 +1,6 @@
 """Read and write Llamas of Hugging Face's transformers without torch.
 
-The names of parameters are the same. A linear layer is stored as (out, in), Wᵀ of ours.
+The names of parameters are the same. A linear layer is stored as (out, in), the transpose of ours.
 """
 
 from __future__ import annotations

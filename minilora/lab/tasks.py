@@ -1,6 +1,6 @@
 """Tasks for a language model, made of nothing but code: pairs of a prompt and an answer.
 
-`commands` is a clean task: what one says to a house, and a line of JSON. `docstrings` is not: a
+`commands` is a clean task: what people say to a house, and a line of JSON. `docstrings` is not: a
 signature from the standard library, and the first line of its docstring, which nobody could know
 for certain. Both have held-out parts.
 """
@@ -29,12 +29,14 @@ class Task:
         {name: list of Pair}, for each kind of held-out pair.
     instruction : str
         What one would tell a model that has not been trained for the task.
+    exact : bool
+        Whether each prompt has only one right answer.
     """
 
     training: list[Pair]
     held_out: dict[str, list[Pair]]
     instruction: str
-    exact: bool = field(default=True)  # whether there is only one right answer
+    exact: bool = field(default=True)
 
 
 # ---- Spoken commands -> JSON
@@ -80,7 +82,7 @@ def commands(training: int = 150, known: int = 33, unknown: int = 15, seed: int 
     known, unknown : int
         Held-out pairs with rooms that occur in training, and with rooms that do not.
     seed : int
-        Of the pairs. All are different.
+        Of the random choices. No prompt occurs twice.
     """
     rng, seen = random.Random(seed), set()
 

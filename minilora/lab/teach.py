@@ -56,7 +56,7 @@ class Lesson:
     projections : tuple of str
         Names or globs of the layers to adapt, within each block.
     upper : int
-        Adapt only so many of the uppermost blocks; 0 for all.
+        Adapt only this many of the uppermost blocks; 0 for all.
     steps, batch_size, seed : int
     learning_rate : float
     """
@@ -84,7 +84,7 @@ STUDY = {
 
 @dataclass
 class Outcome:
-    """What a lesson has led to.
+    """The result of a lesson.
 
     Attributes
     ----------
@@ -95,7 +95,7 @@ class Outcome:
     trained : int
         Numbers in A and B.
     seconds : float
-        From the first step to the last answer, with what was computed once before.
+        From adding LoRA to the last answer, with the states that are computed once.
     """
 
     history: History
@@ -207,7 +207,7 @@ def answers(
     instruction : str, optional
         The system message.
     shots : sequence of Pair
-        Examples that come before each prompt, as if they were said earlier.
+        Examples that come before each prompt, as if they had been said earlier.
     max_new_tokens : int
     """
     earlier = [{"role": role, "content": text} for pair in shots
@@ -229,7 +229,7 @@ def exact(given: Sequence[str], pairs: Sequence[Pair]) -> int:
 
 
 def row(name: str, lesson: Lesson, outcome: Outcome, task: Task) -> dict[str, Any]:
-    """Return what a lesson has led to as numbers and texts, for a file."""
+    """Return the result of a lesson as numbers and texts, for a file."""
     history = outcome.history
     return {
         "name": name, "lesson": asdict(lesson), "trained": outcome.trained,
