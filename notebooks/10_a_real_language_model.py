@@ -229,7 +229,7 @@ assert right["known rooms"] >= 28 and right["other rooms"] >= 7
 # ## One layer, by hand
 #
 # Nothing in this was special. Each adapted layer is the `LinearWithLoRA` of notebook 2 around a
-# linear layer, whose weight happens to be computed when it is read. With $G$ for the gradient that
+# linear layer, whose weight happens to be decoded when it is read. With $G$ for the gradient that
 # reaches the layer, $dA = s\,x^T (G B^T)$ and $dB = s\,(xA)^T G$:
 
 # %%
