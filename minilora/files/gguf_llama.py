@@ -84,13 +84,18 @@ def _gguf_config(
             get["feed_forward_length"], get["block_count"], heads,
             get.get("attention.head_count_kv", heads), get["context_length"],
             get.get("attention.key_length", 0), "output.weight" not in tensors,
-            get.get("rope.freq_base", 10000.0), None, get["attention.layer_norm_rms_epsilon"],
+            get.get("rope.freq_base", 10000.0), None, _shortest(get["attention.layer_norm_rms_epsilon"]),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not describe a Llama: {error}") from None
     if get.get("rope.dimension_count", config.head_dim) != config.head_dim:
         raise CheckpointError(f"{path}: rotating only a part of each head is not supported")
     return config
+
+
+def _shortest(number: float) -> float:
+    """Return the shortest number that is this one in float32, as the file has it: 1e-05."""
+    return float(str(np.float32(number)))
 
 
 def _unpermuted(tensor: GGUFTensor, heads: int, what: str) -> GGUFTensor:
