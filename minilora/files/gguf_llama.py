@@ -84,7 +84,8 @@ def _gguf_config(
             get["feed_forward_length"], get["block_count"], heads,
             get.get("attention.head_count_kv", heads), get["context_length"],
             get.get("attention.key_length", 0), "output.weight" not in tensors,
-            get.get("rope.freq_base", 10000.0), None, _shortest(get["attention.layer_norm_rms_epsilon"]),
+            get.get("rope.freq_base", 10000.0), None,
+            _shortest(get["attention.layer_norm_rms_epsilon"]),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not describe a Llama: {error}") from None
