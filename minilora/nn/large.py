@@ -71,21 +71,36 @@ def forget(module: Module) -> None:
 
 
 class Rerun:
-    """The input of a layer, and the state of its dropout, so that its forward can be run again."""
+    """What a layer's forward depends on, so that it can be run again: input, modes, dropout."""
 
     def __init__(self, layer: Module, x: np.ndarray):
         self.layer, self.x = layer, x
         parts = [module for _, module in layer.named_modules()]
         rngs = [part.rng for part in parts if isinstance(part, Dropout) and part.p > 0.0]
         self.states = {rng.bit_generator: rng.bit_generator.state for rng in rngs}
+        self.modes = [(part, part.training) for part in parts]
+        self.sample = self._sample()
+
+    def _sample(self) -> list[list[bytes]]:
+        """Return numbers of the input and of the weights, by which a change is noticed."""
+        return [self.layer._sample((self.x,)), *(part._sample(()) for part, _ in self.modes[1:])]
 
     def run(self) -> None:
-        """Run the forward again, with the same dropout as before."""
+        """Run the forward again, as before. Raises RuntimeError if its numbers were changed."""
+        if self._sample() != self.sample:
+            raise RuntimeError(f"an input or a weight of {type(self.layer).__name__} was changed "
+                               "in place between forward and backward")
         later = {generator: generator.state for generator in self.states}
-        for generator, state in self.states.items():
-            generator.state = state
+        modes = [(part, part.training) for part, _ in self.modes]
+        self._restore(self.modes, self.states)
         self.layer(self.x)
-        for generator, state in later.items():
+        self._restore(modes, later)
+
+    @staticmethod
+    def _restore(modes: list[tuple[Module, bool]], states: dict[Any, Any]) -> None:
+        for part, mode in modes:
+            part.training = mode
+        for generator, state in states.items():
             generator.state = state
 
 

@@ -116,6 +116,33 @@ def test_running_a_forward_again_changes_no_gradient(ids, adapted):
     same(run(True), run(False), 0.0)
 
 
+def test_a_forward_is_run_again_in_the_mode_that_it_had(ids):
+    def run(recompute):
+        model = llama()
+        randomise(ml.replace_linear_with_lora(model, 2, 4, dropout=0.5, rng=7))
+        model.recompute = recompute
+        logits = model(ids)
+        model.eval().backward(logits)  # with the masks of the forward, which was in training
+        assert not any(module.training for _, module in model.named_modules())
+        return gradients(model)
+
+    same(run(True), run(False), 0.0)
+
+
+def test_a_forward_is_not_run_again_with_other_numbers(ids):
+    model = randomise(ml.replace_linear_with_lora(llama(), 2, 4, rng=7))
+    model.recompute = True
+    logits = model(ids)
+    model.model.layers[0].self_attn.q_proj.lora.A.data *= 2.0
+    with pytest.raises(RuntimeError, match="of LlamaBlock was changed in place between forward"):
+        model.backward(logits)
+    states = model.states(ids, 1)
+    logits = model(states, None, 1)
+    states += 1.0
+    with pytest.raises(RuntimeError, match="of LlamaBlock was changed in place between forward"):
+        model.backward(logits)
+
+
 def test_evaluation_keeps_everything_for_a_backward_in_evaluation(ids):
     expected, model = llama(), llama().eval()
     model.recompute = True
