@@ -117,7 +117,7 @@ def layers_from(first: int, layers: Iterable[M]) -> list[M]:
 
 def check_states(x: np.ndarray, width: int) -> np.ndarray:
     """Return x. Raises ValueError unless it has the shape of `Llama.states`, (B, T, width)."""
-    if np.ndim(x) != 3 or np.shape(x)[2] != width or not np.size(x):
+    if np.ndim(x) != 3 or np.shape(x)[2] != width or not np.shape(x)[1]:
         raise ValueError(f"states must have shape (B, T, {width}), got {np.shape(x)}")
     return x
 

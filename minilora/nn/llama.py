@@ -108,15 +108,15 @@ def grouped_attention(
     query heads that share a key head are stacked, as if they were G T positions of one head.
     P is not kept: backward computes it again, which takes less memory than storing it.
     """
-    q = q.reshape(*k.shape[:2], -1, q.shape[-1])  # (B, K, G T, D)
-    out = _grouped_weights(q, k, mask) @ v
-    return out.reshape(len(q), -1, mask.shape[-2], q.shape[-1]), (q, k, v, mask)
+    shape, stacked = q.shape, q.shape[1] // k.shape[1] * q.shape[2]
+    q = q.reshape(*k.shape[:2], stacked, q.shape[-1])  # (B, K, G T, D)
+    return (_grouped_weights(q, k, mask) @ v).reshape(shape), (q, k, v, mask)
 
 
 def _grouped_weights(q: np.ndarray, k: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return P: q (B, K, G T, D), k (B, K, S, D) -> (B, K, G T, S)."""
+    """Return P: q (B, K, G T, D), k (B, K, S, D) -> (B, K, G T, S). `by_head` is a view."""
     scores = q @ k.swapaxes(-1, -2) * (1.0 / math.sqrt(q.shape[-1]))
-    by_head = scores.reshape(*k.shape[:2], -1, *mask.shape[-2:])  # (B, K, G, T, S), a view
+    by_head = scores.reshape(*k.shape[:2], q.shape[2] // mask.shape[-2], *mask.shape[-2:])
     by_head += mask
     return softmax(scores)
 
@@ -152,11 +152,12 @@ class GroupedQueryAttention(Module):
 
     def split_heads(self, x: np.ndarray) -> np.ndarray:
         """View the channels as heads: (B, T, H D) -> (B, H, T, D)."""
-        return x.reshape(*x.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)
+        d = self.config.head_dim
+        return x.reshape(*x.shape[:2], x.shape[2] // d, d).swapaxes(1, 2)
 
     def join_heads(self, x: np.ndarray) -> np.ndarray:
         """Undo `split_heads`: (B, H, T, D) -> (B, T, H D)."""
-        return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
+        return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """x (B, T, C) -> (B, T, C)."""

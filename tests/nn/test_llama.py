@@ -143,6 +143,17 @@ def test_a_forward_is_not_run_again_with_other_numbers(ids):
         model.backward(logits)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_batch_may_be_empty(recompute):
+    model = llama()
+    model.recompute = recompute
+    logits = model(np.zeros((0, 5), int))
+    assert logits.shape == (0, 5, 11) and model.states(np.zeros((0, 5), int), 1).shape[0] == 0
+    logits = model(model.states(np.zeros((0, 5), int), 1), None, 1)
+    model.backward(logits)
+    assert not any(gradient.any() for gradient in gradients(model).values())
+
+
 def test_evaluation_keeps_everything_for_a_backward_in_evaluation(ids):
     expected, model = llama(), llama().eval()
     model.recompute = True
