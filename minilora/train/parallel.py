@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -166,13 +166,24 @@ class DataParallel:
     def _work(
         self, model: Module, ids: np.ndarray, targets: np.ndarray, share: float
     ) -> float:
-        loss, dlogits = self.loss(model, ids, targets)
-        dlogits *= share
-        model.backward(dlogits)
+        loss, dlogits = self._loss(model, ids, targets)
+        if np.asarray(dlogits).dtype.kind not in "fiu":
+            raise TypeError(f"the gradient of the loss must be an array, got {_short(dlogits)}")
+        # A new array, because the loss may keep its own, or return it again.
+        model.backward(dlogits if share == 1.0 else np.multiply(dlogits, share))
         return loss * share
 
+    def _loss(self, model: Module, ids: np.ndarray, targets: np.ndarray) -> tuple[float, Any]:
+        """Call the loss; TypeError if it does not return a pair that begins with a number."""
+        found = self.loss(model, ids, targets)
+        if not (isinstance(found, tuple) and len(found) == 2 and np.ndim(found[0]) == 0
+                and np.asarray(found[0]).dtype.kind in "fiu"):
+            raise TypeError("a loss must return (loss, dlogits), a number and its gradient, got "
+                            f"{_short(found)}")
+        return float(found[0]), found[1]
+
     def _total_loss(self, model: Module, batches: list[Batch]) -> float:
-        return sum(self.loss(model, ids, targets)[0] * num_targets(targets)
+        return sum(self._loss(model, ids, targets)[0] * num_targets(targets)
                    for ids, targets in batches)
 
     def _models(self, batches: list[Batch]) -> list[Module]:
@@ -197,6 +208,12 @@ def next_token_loss(
 ) -> tuple[float, np.ndarray]:
     """Return the cross-entropy of model(ids) at the targets that are not IGNORE_INDEX."""
     return cross_entropy(model(ids), targets)
+
+
+def _short(value: Any) -> str:
+    """Name a value in an error: its type, or those of the parts of a tuple."""
+    parts = ", ".join(type(part).__name__ for part in value) if isinstance(value, tuple) else ""
+    return f"({parts})" if isinstance(value, tuple) else type(value).__name__
 
 
 def num_targets(targets: np.ndarray) -> int:

@@ -118,6 +118,47 @@ def test_replicas_drop_different_things():
     assert not np.array_equal(masks[0], masks[1]) and not np.array_equal(masks[1], masks[2])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_a_loss_returns_is_not_changed(tiny_gpt, ids, threads):
+    """It may be an array that the loss keeps and returns again, or that cannot be written to."""
+    kept = np.ones((1, ids.shape[1], tiny_gpt.config.vocab_size), np.float32)
+
+    def constant(model, ids, targets):
+        model(ids)
+        return np.float32(1.0), kept if threads == 2 else np.broadcast_to(kept, kept.shape)
+
+    def own(model, ids, targets):
+        return 1.0, np.ones_like(model(ids))
+
+    changes = []
+    for loss in (constant, own):
+        model = replicate(tiny_gpt)
+        with DataParallel(model, threads, loss) as both:
+            for _ in range(3):
+                model.zero_grad()
+                assert both.loss_and_gradients(ids[:threads], ids[:threads]) == 1.0
+        changes.append([p.grad for p in model.parameters()])
+    assert (kept == 1.0).all()
+    for got, expected in zip(*changes, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("returned, words", [
+    (None, "NoneType"), (1.0, "float"), (("x", np.ones(1)), r"\(str, ndarray\)"),
+    ((np.ones(2), np.ones(1)), r"\(ndarray, ndarray\)"), ((1.0, None), "array, got NoneType"),
+    ((1.0,), r"\(float\)"),
+])
+def test_a_loss_must_return_a_number_and_its_gradient(tiny_gpt, ids, returned, words):
+    optimizer = ml.SGD(tiny_gpt.parameters())
+    with pytest.raises(TypeError, match=words) as error:
+        fit(tiny_gpt, batches_of(ids), optimizer, 1, progress=False,
+            loss=lambda model, ids, targets: returned)
+    assert "loss" in str(error.value)
+    if words != "array, got NoneType":  # an evaluation needs no gradient
+        with pytest.raises(TypeError, match=words):
+            evaluate(tiny_gpt, batches_of(ids, 1), loss=lambda model, ids, targets: returned)
+
+
 def test_threads_share_the_batches_of_an_evaluation():
     used = set()
 
