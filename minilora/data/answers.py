@@ -36,7 +36,16 @@ def answer_loss(
         In nats per target.
     dlogits
         (n, V) for the n targets.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit each other, or if there is no target.
     """
+    ids, targets = np.asarray(ids), np.asarray(targets)
+    if targets.ndim != 2 or ids.shape[:2] != targets.shape:
+        raise ValueError(f"inputs and targets must both be (B, T), got {ids.shape} and "
+                         f"{targets.shape}")
     where = targets != IGNORE_INDEX
     end = int(np.flatnonzero(where.any(axis=0)).max(initial=0)) + 1
     where = where[:, :end]
@@ -60,9 +69,19 @@ def pad(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
         (B, T) or (B, T, C), with zeros after the end of a row.
     targets
         (B, T), with IGNORE_INDEX there.
+
+    Raises
+    ------
+    ValueError
+        If there are no examples, or if the inputs and targets of one differ in length.
     """
+    if not examples:
+        raise ValueError("a batch needs at least one example")
+    for i, (x, t) in enumerate(examples):
+        if len(x) != len(t):
+            raise ValueError(f"example {i} has {len(x)} inputs, but {len(t)} targets")
     longest = max(len(targets) for _, targets in examples)
-    first = examples[0][0]
+    first = np.asarray(examples[0][0])
     inputs = np.zeros((len(examples), longest, *first.shape[1:]), first.dtype)
     targets = np.full((len(examples), longest), IGNORE_INDEX)
     for i, (x, t) in enumerate(examples):

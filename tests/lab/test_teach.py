@@ -69,6 +69,17 @@ def test_only_the_answer_has_targets():
     for prompt, answer in (([], [1]), ([1], [])):
         with pytest.raises(ValueError, match="at least one token"):
             example(np.array(prompt, int), np.array(answer, int))
+    assert [array.tolist() for array in pad([([1, 2], [-100, 3])])] == [[[1, 2]], [[-100, 3]]]
+    with pytest.raises(ValueError, match="at least one example"):
+        pad([])
+    with pytest.raises(ValueError, match="example 1 has 2 inputs, but 4 targets"):
+        pad([(ids, targets), (ids[:2], targets)])
+
+
+@pytest.mark.parametrize("ids, targets", [((2, 7), (2, 5)), ((2, 5), (2, 7)), ((2, 7), (7,))])
+def test_answers_of_other_shapes_are_not_taken_for_those_of_the_ids(ids, targets):
+    with pytest.raises(ValueError, match="inputs and targets must both be"):
+        answer_loss(tiny(), np.ones(ids, int), np.ones(targets, int))
 
 
 def test_the_loss_of_answers_is_that_of_all_logits_at_the_same_places():
