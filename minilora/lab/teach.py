@@ -22,7 +22,7 @@ from minilora.data.answers import answer_loss, example, pad, shuffled_batches
 from minilora.data.bpe import BPETokenizer
 from minilora.data.generate import generate_batch
 from minilora.files.peft_write import save_adapter
-from minilora.files.safetensors import write_atomically
+from minilora.files.safetensors import check_writable, write_atomically
 from minilora.files.together import results
 from minilora.lab import plots
 from minilora.lab.tasks import TASKS, Pair, Task
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Example = tuple[np.ndarray, np.ndarray]
 ANSWER = 48  # tokens that an answer may have
-RESULT = "teach.json"
+RESULT, CURVE = "teach.json", "loss.png"
 TOGETHER = 16  # prompts, or examples, that are run together
 
 
@@ -267,6 +267,10 @@ def demonstrate(
 
     Writes the adapter, the loss curve and all answers to the folder `out`.
     """
+    adapt(model, lesson)  # find every mistake before the training, and before making a folder
+    remove_lora(model)
+    for file in (RESULT, CURVE):
+        check_writable(Path(out) / file)
     task = TASKS[name]()
     prompts = [prompt for pairs in task.held_out.values() for prompt, _ in pairs[:3]]
     before = answers(model, tokenizer, prompts)
@@ -275,7 +279,7 @@ def demonstrate(
     with results(Path(out), RESULT) as folder:
         save_adapter(model, folder / "adapter")
         size = sum(path.stat().st_size for path in (folder / "adapter").iterdir())
-        plots.save(loss_curve(outcome.history), folder / "loss.png")
+        plots.save(loss_curve(outcome.history), folder / CURVE)
         write_atomically(folder / RESULT, json.dumps({"rows": [record]}, indent=1).encode())
     after = answers(model, tokenizer, prompts)
     remove_lora(model)
@@ -289,22 +293,29 @@ def demonstrate(
     print(f"the adapter takes {size:,} bytes, the model {stored_bytes(model):,}")
     same = answers(model, tokenizer, prompts) == before
     print(f"without the adapter, the answers are {'' if same else 'NOT '}those from before")
-    print(f"Written to {out}: adapter/, loss.png, {RESULT}")
+    print(f"Written to {out}: adapter/, {CURVE}, {RESULT}")
 
 
 def study(
     model: Llama, tokenizer: Any, name: str, out: str,
     threads: int | None = None, progress: bool = True,
 ) -> None:
-    """Teach the lessons of STUDY one after another; write their results to the folder `out`."""
+    """Teach the lessons of STUDY one after another; write their results to the folder `out`.
+
+    If Ctrl-C or an error ends it early, those of the lessons that are complete are written.
+    """
+    check_writable(Path(out) / RESULT)
     task, rows = TASKS[name](), []
-    for title, lesson in STUDY.items():
-        outcome = teach(model, tokenizer, task, lesson, threads, progress)
-        rows.append(row(title, lesson, outcome, task))
-        remove_lora(model)
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-    print(f"\n{table(rows)}")
-    write_atomically(Path(out) / RESULT, json.dumps({"rows": rows}, indent=1).encode())
+    try:
+        for title, lesson in STUDY.items():
+            outcome = teach(model, tokenizer, task, lesson, threads, progress)
+            rows.append(row(title, lesson, outcome, task))
+            remove_lora(model)
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    finally:
+        if rows:
+            print(f"\n{table(rows)}")
+            write_atomically(Path(out) / RESULT, json.dumps({"rows": rows}, indent=1).encode())
 
 
 def loss_curve(history: History) -> Figure:

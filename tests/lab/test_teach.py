@@ -249,6 +249,41 @@ def test_a_study_has_a_row_for_each_lesson(folder, capsys, monkeypatch):
     assert teach.table(rows) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, FloatingPointError("the loss became nan")])
+def test_a_study_that_ends_early_keeps_the_lessons_that_are_complete(
+    folder, capsys, monkeypatch, end
+):
+    monkeypatch.setattr(teach, "ANSWER", 2)
+    lesson = teach.Lesson(upper=1, steps=1)
+    monkeypatch.setattr(teach, "STUDY", {"one": lesson, "two": lesson})
+    real, calls = teach.fit, []
+
+    def fit(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise end
+        return real(*args, **options)
+
+    monkeypatch.setattr(teach, "fit", fit)
+    given = ["teach", "--study", "--base", str(folder / "base"), "--no-progress", "--out"]
+    assert main([*given, str(folder / "out")]) == (130 if end is KeyboardInterrupt else 2)
+    rows = json.loads((folder / "out" / "teach.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["one"]
+    assert teach.table(rows) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("study", [[], ["--study"]])
+def test_a_folder_that_cannot_be_written_is_found_before_the_training(
+    folder, capsys, monkeypatch, study
+):
+    monkeypatch.setattr(teach, "fit", lambda *args, **options: pytest.fail("it was trained"))
+    (folder / "out").write_text("a file")
+    given = ["teach", "--base", str(folder / "base"), "--upper", "1", *study]
+    assert main([*given, "--out", str(folder / "out")]) == 2
+    error = capsys.readouterr().err
+    assert str(folder / "out") in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(["arguments", "words"], [
     (["--base", "small"], "small is a GPT"),
     (["--upper", "4"], "the model has 3 blocks: it has no upper 4"),
