@@ -74,7 +74,8 @@ def _gguf_config(
     """Return the sizes in the metadata, and refuse what would change the computation."""
     refuse_settings(Path(path), {"general.architecture": None, **metadata}, {
         "general.architecture": ("llama",), "llama.rope.scaling.type": ("none",),
-        "llama.expert_count": (0,),
+        "llama.rope.scaling.factor": (0, 1), "llama.rope.scale_linear": (0, 1),  # without a type
+        "llama.expert_count": (0,), "llama.attention.causal": (True,),
     })
     get = {key.removeprefix("llama."): value for key, value in metadata.items()}
     try:
