@@ -217,6 +217,7 @@ def _check_stored_whole(
     for name in saved:
         if ".lora_embedding_" in name:
             raise CheckpointError(f"{path}: {name} is LoRA on an embedding, which is not supported")
+    for name in saved:
         module, _, kind = name.rpartition(".")
         known = (
             stored_whole(config, module, kind, module in layers)

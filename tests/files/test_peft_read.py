@@ -163,6 +163,8 @@ def test_what_peft_stores_of_the_base_must_be_the_bases(tmp_path, ids):
                 "transformer.foo.0.attn.c_attn.lora_B.weight": np.ones((24, 2))},
      "no linear layer 'foo.0.attn.c_attn'"),
     (lambda t: {"transformer.wte.lora_embedding_A": np.ones((2, 11))}, "LoRA on an embedding"),
+    (lambda t: {"transformer.wte.base_layer.weight": np.ones((11, 8)),  # as PEFT writes them
+                "transformer.wte.lora_embedding_A": np.ones((2, 11))}, "LoRA on an embedding"),
     (lambda t: {"x" * 600 + ".lora_A.weight": np.ones((2, 8))}, "is too long"),
     (lambda t: {"transformer.h.0.attn.c_attn.lora_A.weight": np.full((4, 8), np.nan)},
      "has factors with nan or inf"),
