@@ -92,6 +92,12 @@ def _in_layer(i: int, linears: Shapes) -> Shapes:
             if name.startswith(f"model.layers.{i}.")}
 
 
+def _check_batch(owner: str, batch: int, time: int, answers: int | None) -> None:
+    check_sizes(owner, batch=batch, time=time, answers=1 if answers is None else answers)
+    if answers is not None and answers > batch * time:
+        raise ValueError(f"{owner}: {answers} answers are more than {batch * time} tokens")
+
+
 # ---- Bytes
 
 
@@ -124,9 +130,10 @@ def llama_memory(
     Raises
     ------
     ValueError
-        If a size is below 1, a target matches nothing, or a base in few bits is to be trained.
+        If a size is below 1, there are more answers than tokens, a target matches nothing, or a
+        base in few bits is to be trained.
     """
-    check_sizes("llama_memory", batch=batch, time=time, answers=1 if answers is None else answers)
+    _check_batch("llama_memory", batch, time, answers)
     if kind is not None and rank is None:
         raise ValueError(f"a base in {kind} cannot be trained: give the rank of LoRA")
     size, architecture = float_dtype(dtype).itemsize, llama_architecture(config)
@@ -205,8 +212,15 @@ def llama_flops(
         As in `llama_memory`.
     first : int
         The first layer to run, as in `Llama.forward`.
+
+    Raises
+    ------
+    ValueError
+        As `llama_memory`, or if there is no such layer.
     """
-    check_sizes("llama_flops", batch=batch, time=time, answers=1 if answers is None else answers)
+    _check_batch("llama_flops", batch, time, answers)
+    if not 0 <= first <= config.n_layers:
+        raise ValueError(f"there are {config.n_layers} layers, so none can be layer {first}")
     n, trained = batch * time, _trained(config, rank, target_modules)
     full, r = rank is None, rank or 0
     forward, backward = _linear_flops(

@@ -201,6 +201,12 @@ def test_what_cannot_be_counted():
         llama_flops(config, 0, 2, 8)
     with pytest.raises(ValueError, match="fits no Linear"):
         llama_flops(tiny_llama(tie_weights=True), 1, 2, 8, "lm_head")
+    for count in (llama_memory, llama_flops):
+        with pytest.raises(ValueError, match="7 answers are more than 6 tokens"):
+            count(config, 2, 3, 8, answers=7)
+    for first in (-1, config.n_layers + 1):
+        with pytest.raises(ValueError, match=f"none can be layer {first}"):
+            llama_flops(config, 1, 2, 8, first=first)
 
 
 def test_numbers_of_smollm2():
