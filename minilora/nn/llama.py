@@ -1,9 +1,8 @@
 """A Llama: the architecture of Llama 2 and 3, SmolLM2 and TinyLlama, at any size.
 
-Touvron et al. 2023, "LLaMA", arXiv:2302.13971, section 2.2. It has no biases, and differs from a
-GPT in four parts: RMSNorm, rotary positions, a gated MLP, and, from Llama 2 on (arXiv:2307.09288),
-key and value heads that several query heads share. Modules have transformers' names, so that
-PEFT's adapters fit.
+Touvron et al. 2023, "LLaMA", arXiv:2302.13971, section 2.2. Unlike a GPT it has no biases, but
+RMSNorm, rotary positions, a gated MLP, and from Llama 2 on (arXiv:2307.09288), key and value heads
+that several query heads share. Modules have transformers' names, so that PEFT's adapters fit.
 
 Letters used for shapes: B batch, T time (positions), S positions that are looked at, C channels
 (d_model), F d_ff, H query heads, K key heads, G = H / K, D head width, V vocabulary.
@@ -46,7 +45,8 @@ class LlamaConfig:
         sizes = "vocab_size d_model d_ff n_layers n_heads n_kv_heads context_length head_dim"
         for name in sizes.split():
             if name == "head_dim" and not self.head_dim:
-                object.__setattr__(self, name, self.d_model // self.n_heads)
+                whole = self.d_model % self.n_heads == 0  # if not, the next line refuses 0
+                object.__setattr__(self, name, self.d_model // self.n_heads if whole else 0)
             check_sizes("LlamaConfig", **{name: getattr(self, name)})
             object.__setattr__(self, name, int(getattr(self, name)))
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
@@ -59,7 +59,6 @@ class LlamaConfig:
 
     @property
     def frequencies(self) -> np.ndarray:
-        """Return by how much one position turns each pair of channels, (D / 2,)."""
         return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
 
