@@ -224,8 +224,20 @@ for kind, pairs in task.held_out.items():
 assert right["known rooms"] >= 28 and right["other rooms"] >= 7
 
 # %% [markdown]
-# What it has learned is the form, and to copy what was said into the right place. Where it fails,
-# it usually fails at a word that it has never written in training.
+# What it has learned is the form, and to copy what was said into the right place. It copies most
+# rooms of which it has never heard, too. All of its mistakes are about one of them, the workshop.
+# Why that one? Look at the tokens of what it hears, and of what it has to write:
+
+# %%
+for room in ("workshop", "garden", "library"):
+    for text in (f" the {room}", f'"{room}"'):
+        print([tokenizer.decode([i]) for i in tokenizer.encode(text)], end="  ")
+    print()
+
+# %% [markdown]
+# Behind a quotation mark a word is not the token that it is behind a space. The model hears
+# "workshop" as one token and must spell it as "works" and "hop". In the study below, all lessons
+# fail at this room.
 #
 # ## One layer, by hand
 #
@@ -307,13 +319,20 @@ for name, (rank, kind, recompute) in ways.items():
 # Three lines differ in nothing but the seed (of A, and of the order of the examples). Where another
 # line differs from them by no more than they differ from each other, it says nothing. With another
 # rank, alpha is still twice the rank. "All 30 blocks" also has fewer steps, 50, each of which takes
-# longer, and half the learning rate: it is another recipe, not one change.
+# longer, and half the learning rate: it is another recipe, not one change. (Others used the machine
+# at the same time, so the seconds are rough.)
 
 # %%
 study = json.loads(Path("../figures/teach.json").read_text())
 print(teach.table(study["rows"]))
 
 # %% [markdown]
+# The three seeds end between 0.011 and 0.019. Rank 32, twice the steps, the MLP alone, and all
+# blocks end in that range, so on this task they make no difference that one could see. Rank 1, with
+# an eighth of the numbers, is a little worse; q and v alone, the choice of LoRA's paper, and five
+# blocks instead of ten are worse again; and 20 steps are not enough. What none of them changes much
+# is the number of unknown rooms that come out right: examples with more rooms would.
+#
 # ## A task that is not clean
 #
 # Commands to a house are easy: there is one right answer, and the words for it are in the question.

@@ -3,12 +3,13 @@
 import json
 import re
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 import minilora as ml
-from minilora.lab import compare
+from minilora.lab import compare, teach
 from minilora.lora import layer
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +55,20 @@ def test_the_table_is_the_committed_result():
     assert result["settings"]["base"] == "base"
 
 
+def test_the_lesson_is_the_committed_result():
+    usual = json.loads((ROOT / "figures" / "teach.json").read_text())["rows"][0]
+    text = " ".join(README.split())
+    right = sum(count for count, _ in usual["exact"].values())
+    losses = usual["validation_losses"]
+    assert f"With {usual['trained']:,} trained numbers" in text
+    assert f"falls from {losses[0]:.2f} to {losses[-1]:.3f} nats" in text
+    assert f"{right} of {len(usual['answers'])} held-out commands" in text
+    quoted = re.findall(r"after:  '(.*)'", README)
+    answers = [given for _, _, _, given in usual["answers"]]
+    assert len(quoted) == 2 and set(quoted) <= set(answers)
+    assert usual["lesson"] == json.loads(json.dumps(asdict(teach.Lesson())))
+
+
 def test_files_the_teachers_page_points_to_exist():
     folder = ROOT / "notebooks"
     page = (folder / "README.md").read_text(encoding="utf-8")
@@ -79,6 +94,6 @@ def test_the_layer_in_the_readme_is_the_one_that_the_heart_opens_with():
 
 
 def test_figures_holds_what_the_readme_shows():
-    shown = set(re.findall(r"\]\(figures/([^)]+)\)", README)) | {"compare.json"}
+    shown = set(re.findall(r"\]\(figures/([^)]+)\)", README)) | {"compare.json", "teach.json"}
     tracked = {p.name for p in (ROOT / "figures").iterdir() if p.is_file()}
     assert tracked == shown

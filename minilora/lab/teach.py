@@ -247,13 +247,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return a table with a line for each lesson, in Markdown."""
     kinds = list(rows[0]["exact"])
     lines = [["lesson", "trained", "adapter", "held-out loss", *kinds, "seconds"]]
-    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
     for given in rows:
         before, after = given["validation_losses"][0], given["validation_losses"][-1]
         right = ["{} of {}".format(*given["exact"][kind]) for kind in kinds]
         lines.append([given["name"], f"{given['trained']:,}", f"{4e-6 * given['trained']:.1f} MB",
                       f"{before:.2f} to {after:.3f}", *right, f"{given['seconds']:.0f}"])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    aligned = [[cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]
+               for cells in lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in aligned)
 
 
 # ---- The command

@@ -172,7 +172,7 @@ def test_a_task_is_learned_on_four_bits(kind):
     record = teach.row("it", lesson, outcome, SHORT)
     assert json.loads(json.dumps(record)) == record | {"lesson": {
         **record["lesson"], "projections": list(lesson.projections)}}
-    assert "| it | " in teach.table([record]) and "2 of 2" in teach.table([record])
+    assert "\n| it " in teach.table([record]) and "2 of 2" in teach.table([record])
 
 
 def test_exact_ignores_spaces_only():
@@ -224,7 +224,7 @@ def test_teach_writes_an_adapter_a_curve_and_the_answers(folder, capsys, monkeyp
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "before:" in shown and "without the adapter, the answers are those from before" in shown
-    assert "| commands |" in shown and "of 33" in shown and "of 15" in shown
+    assert "\n| commands |" in shown and "of 33" in shown and "of 15" in shown
     assert {path.name for path in out.iterdir()} == {"adapter", "loss.png", "teach.json"}
     record = json.loads((out / "teach.json").read_text())["rows"][0]
     assert record["lesson"]["alpha"] == 4.0 and len(record["answers"]) == 48
