@@ -174,9 +174,9 @@ def cross_entropy(
         raise ValueError(f"cross_entropy needs a target that is not ignore_index ({ignore_index})")
     at_target = kept, flat[kept]
     z = rows(logits) - rows(logits).max(axis=-1, keepdims=True)
-    p = np.exp(z)
+    z_target, p = z[at_target], np.exp(z, out=z)  # in place: with a large V, these are large
     sums = p.sum(axis=-1, keepdims=True)
-    loss = float(np.mean(np.log(sums[kept, 0]) - z[at_target]))  # not log p: p may be 0
+    loss = float(np.mean(np.log(sums[kept, 0]) - z_target))  # not log p: p may be 0
     p /= sums
     p[at_target] -= 1.0
     p[flat == ignore_index] = 0.0
