@@ -364,7 +364,8 @@ for (prompt, answer), said in list(zip(pairs, given, strict=True))[:8]:
 # base = transformers.LlamaForCausalLM.from_pretrained("smollm2")
 # model = peft.PeftModel.from_pretrained(base, "house")
 # ```
-#
+
+# %% [markdown]
 # ## Questions
 #
 # 1. Why does a frozen weight not need 32 bits, although A and B do?
