@@ -111,10 +111,12 @@ def _without_tied_head(model: Module, base: Modules, saved: Arrays) -> tuple[Arr
 
 def _refuse_tied_target(model: Module, linears: list[str], adapter: Adapter) -> None:
     """Raise CheckpointError if the adapter is for a head that is tied."""
-    tied = _embedding(model) and model.config.tie_weights and "lm_head" not in linears
+    table = _embedding(model)
+    tied = table and model.config.tie_weights and "lm_head" not in linears
     if tied and "lm_head" in adapter.layers:
-        raise CheckpointError("lm_head is a target, but the head of this model is tied to its "
-                              "embedding: it has no matrix of its own to adapt")
+        raise CheckpointError("lm_head is a target, but the head of this model is tied to "
+                              f"{table.removesuffix('.weight')}: it has no matrix of its own to "
+                              "adapt")
 
 
 # ---- Translation
