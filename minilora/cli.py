@@ -119,7 +119,8 @@ def generate_options(parser: Parser) -> None:
     add("--prompt", default="The ", help=r"text to continue; \n is a new line")
     add("--base", type=filled, default="base", help=f"{MODEL_HELP} (default: base)")
     add("--adapter", type=filled, help="folder of an adapter, as compare writes them")
-    add("--tokens", type=whole(0), default=400, help="characters to write (default: 400)")
+    add("--tokens", type=whole(0), default=400,
+        help="characters to write, or tokens of a language model (default: 400)")
     add("--temperature", type=temperature, default=0.8,
         help="0 always takes the likeliest character (default: 0.8)")
     add("--top-k", type=whole(1), default=20,
@@ -137,9 +138,11 @@ def generate_command(args: argparse.Namespace) -> None:
     if not prompt:
         raise ValueError("the prompt is empty: give the model at least one character")
     ids = tokenizer.encode(prompt)
-    tokens = sample_tokens(model, ids, args.tokens, args.temperature, args.top_k, args.seed)
-    print(prompt, end="", flush=True)
-    for text in tokenizer.decode_stream(int(token[0]) for token in tokens):
+    tokens = sample_tokens(model, ids, args.tokens, args.temperature, args.top_k, args.seed,
+                           getattr(tokenizer, "eos", None))
+    texts = tokenizer.decode_stream(int(token[0]) for token in tokens)
+    print(prompt + next(texts, ""), end="", flush=True)  # so that an error comes before any text
+    for text in texts:
         print(text, end="", flush=True)
     print()
 

@@ -233,6 +233,9 @@ def test_teach_writes_an_adapter_a_curve_and_the_answers(folder, capsys, monkeyp
     assert main(["generate", "--base", base, "--adapter", str(out / "adapter"), "--prompt", "ab",
                  "--tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("ab")
+    assert main(["generate", "--base", base, "--prompt", "ab" * 300, "--tokens", "3"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "600 tokens is longer than the context of 512" in shown.err
     assert main(["merge", base, str(out / "adapter"), str(folder / "merged")]) == 0
     ids = np.arange(8)[None]
     np.testing.assert_allclose(ml.from_hf_llama(folder / "merged")(ids), model(ids), atol=1e-4)
