@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.lab import markdown
 from minilora.lab.counting import training_flops
 from minilora.lora.wrap import replace_linear_with_lora
 from minilora.nn.functional import cross_entropy
@@ -155,10 +156,10 @@ def report(sizes: tuple[str, ...], peers: bool = False, seconds: float = 6.0) ->
     peak = sgemm_gflops()
     head = ["size", "method", "ms/step", "of sgemm peak"]
     head += ["PyTorch ms/step", "ratio"] if peers else []
-    lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * (len(head) - 2) + "|"]
+    lines = [markdown.line(head), "|---|---" + "|---:" * (len(head) - 2) + "|"]
     for size in sizes:
         for lora in (False, True):
-            lines.append("| " + " | ".join(_cells(size, lora, peers, seconds, peak)) + " |")
+            lines.append(markdown.line(_cells(size, lora, peers, seconds, peak)))
     lines.append(f"\nOne thread; sgemm peak here: {peak:.0f} GFLOP/s (a 1024 x 1024 product).")
     return "\n".join(lines)
 

@@ -21,6 +21,7 @@ import numpy as np
 from minilora.data.answers import answer_loss
 from minilora.files.checkpoint import load_base
 from minilora.files.gguf_llama import find_smollm2
+from minilora.lab import markdown
 from minilora.lab.bench import (
     ALPHA,
     LEARNING_RATE,
@@ -123,13 +124,13 @@ def report(
     compared = list(itertools.combinations(kinds, 2))
     head = ["threads", "tokens", *(f"{kind}, ms" for kind in kinds),
             *(f"{a} / {b}" for a, b in compared)]
-    lines = [_row(head), "|---:" * len(head) + "|"]
+    lines = [markdown.line(head), "|---:" * len(head) + "|"]
     for threads in (1, 2)[: usable_cores()]:
         for count in tokens:
             times = _times(models, count, threads, seconds)
             cells = [f"{1e3 * statistics.median(times[kind]):.0f}" for kind in kinds]
             cells += [f"{_ratio(times[a], times[b]):.2f}" for a, b in compared]
-            lines.append(_row([str(threads), str(count), *cells]))
+            lines.append(markdown.line([str(threads), str(count), *cells]))
     return "\n".join([*lines, "", *memory, "", (
         f"A step of LoRA r={RANK} on all projections, in rows of {ROW} tokens with the loss on the "
         f"last {ANSWER}. Times are medians of steps that take turns, ratios medians of each turn's "
@@ -153,10 +154,6 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 # ---- Memory, and the time to load
 
 
@@ -168,11 +165,11 @@ def _memory_table(peers: bool, base: str, tokens: int) -> list[str]:
     found = {kind: measure_alone(kind, base, tokens) for kind in kinds}
     head = [f"alone, one thread, {tokens} tokens", "to load, s", "peak, MB"]
     head += [f"peak / {PYTORCH}"] if peers else []
-    lines = [_row(head), "|---" + "|---:" * (len(head) - 1) + "|"]
+    lines = [markdown.line(head), "|---" + "|---:" * (len(head) - 1) + "|"]
     for kind, (seconds, peak) in found.items():
         loading = "–" if kind == PYTORCH else f"{seconds:.2f}"  # it has no file to load
         ratio = [f"{peak / found[PYTORCH][1]:.2f}"] if peers else []
-        lines.append(_row([kind, loading, f"{peak / 1e6:.0f}", *ratio]))
+        lines.append(markdown.line([kind, loading, f"{peak / 1e6:.0f}", *ratio]))
     return lines
 
 

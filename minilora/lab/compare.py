@@ -23,7 +23,7 @@ from minilora.files.checkpoint import load_base, save_checkpoint
 from minilora.files.peft_write import save_adapter
 from minilora.files.safetensors import check_writable, write_atomically
 from minilora.files.together import results
-from minilora.lab import plots
+from minilora.lab import markdown, plots
 from minilora.lora.wrap import remove_lora, replace_linear_with_lora
 from minilora.nn.gpt import GPT
 from minilora.train.history import History
@@ -337,14 +337,4 @@ def megabytes(count: int) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Return the comparison as a Markdown table."""
-    cells = [list(COLUMNS), *rows(result)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) if i in LEFT_ALIGNED else c.rjust(w)
-                          for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |"
-        for row in cells
-    ]
-    lines.insert(1, "|" + "|".join(
-        "-" * (w + 2) if i in LEFT_ALIGNED else "-" * (w + 1) + ":" for i, w in enumerate(widths)
-    ) + "|")
-    return "\n".join(lines)
+    return markdown.table([list(COLUMNS), *rows(result)], LEFT_ALIGNED)

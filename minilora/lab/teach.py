@@ -24,7 +24,7 @@ from minilora.data.generate import generate_batch
 from minilora.files.peft_write import save_adapter
 from minilora.files.safetensors import check_writable, write_atomically
 from minilora.files.together import results
-from minilora.lab import plots
+from minilora.lab import markdown, plots
 from minilora.lab.tasks import TASKS, Pair, Task
 from minilora.lora.qlora import stored_bytes
 from minilora.lora.wrap import remove_lora, replace_linear_with_lora
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 Example = tuple[np.ndarray, np.ndarray]
 ANSWER = 48  # tokens that an answer may have
 RESULT, CURVE = "teach.json", "loss.png"
+SHOWN = 3  # held-out prompts of each kind that the command prints
 TOGETHER = 16  # prompts, or examples, that are run together
 
 
@@ -252,11 +253,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         right = ["{} of {}".format(*given["exact"][kind]) for kind in kinds]
         lines.append([given["name"], f"{given['trained']:,}", f"{4e-6 * given['trained']:.1f} MB",
                       f"{before:.2f} to {after:.3f}", *right, f"{given['seconds']:.0f}"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    aligned = [[cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]
-               for cells in lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in aligned)
+    return markdown.table(lines)
 
 
 # ---- The command
@@ -275,7 +272,7 @@ def demonstrate(
     for file in (RESULT, CURVE):
         check_writable(Path(out) / file)
     task = TASKS[name]()
-    prompts = [prompt for pairs in task.held_out.values() for prompt, _ in pairs[:3]]
+    prompts = [prompt for pairs in task.held_out.values() for prompt, _ in pairs[:SHOWN]]
     before = answers(model, tokenizer, prompts)
     outcome = teach(model, tokenizer, task, lesson, threads, progress)
     record = row(name, lesson, outcome, task)
@@ -284,7 +281,7 @@ def demonstrate(
         size = sum(path.stat().st_size for path in (folder / "adapter").iterdir())
         plots.save(loss_curve(outcome.history), folder / CURVE)
         write_atomically(folder / RESULT, json.dumps({"rows": [record]}, indent=1).encode())
-    after = answers(model, tokenizer, prompts)
+    after = [given for kind in outcome.answers.values() for given in kind[:SHOWN]]
     remove_lora(model)
     for prompt, old, new in zip(prompts, before, after, strict=True):
         print(f"{prompt}\n    before: {old[:100]!r}\n    after:  {new!r}")
