@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.nn.large import forget
 from minilora.nn.layers import Linear
 from minilora.nn.module import Module, Parameter
 from minilora.nn.quantized import QuantizedParameter
@@ -103,8 +104,7 @@ class Mergeable(Module):
         for array in self._merged[1]:
             if isinstance(array, np.ndarray):
                 array.flags.writeable = writeable
-        for _, module in self.named_modules():
-            module._cache = None
+        forget(self)
 
     def title(self) -> str:
         return f"{type(self).__name__} around {self.linear.title()}"

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from minilora.lora.layer import LinearWithLoRA
 from minilora.lora.saved import ModuleToSave
+from minilora.nn.large import forget
 from minilora.nn.layers import Linear
 from minilora.nn.module import Module, Parameter
 
@@ -82,8 +83,7 @@ def install(model: Module, modules: Mapping[str, Module]) -> None:
         parent_path, _, name = path.rpartition(".")
         parent = functools.reduce(getattr, filter(None, parent_path.split(".")), model)
         setattr(parent, name, module)
-    for _, module in model.named_modules():
-        module._cache = None
+    forget(model)
 
 
 def task_parameters(model: Module) -> dict[str, Parameter]:
