@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.files.hf_folder import HF_CONFIG, HF_WEIGHTS, Arrays, read_folder
+from minilora.files.hf_folder import HF_CONFIG, HF_WEIGHTS, read_folder
 from minilora.files.settings import refuse_settings
 from minilora.files.together import save_pair
 from minilora.lora.surgery import wrappers
@@ -78,6 +78,11 @@ def _smallest(config: LlamaConfig) -> Llama:
     return model
 
 
+def turned(name: str, array: np.ndarray) -> np.ndarray:
+    """Return a parameter in the other orientation: ours from that of a file, or back."""
+    return array if name == EMBEDDING or array.ndim < 2 else array.T
+
+
 # ---- transformers
 
 
@@ -115,8 +120,7 @@ def from_hf_llama(folder: str | Path, dtype: Any = np.float32) -> Llama:
             continue
         if array.dtype.kind != "f":
             raise CheckpointError(f"{folder}: {name} must be floating-point, got {array.dtype}")
-        ours = array if name == EMBEDDING or array.ndim < 2 else array.T
-        parameters[name] = Parameter(ours.astype(dtype), requires_grad=True)
+        parameters[name] = Parameter(turned(name, array).astype(dtype), requires_grad=True)
     return build_llama(config, parameters, folder)
 
 
@@ -172,10 +176,7 @@ def to_hf_llama(model: Llama, folder: str | Path) -> None:
         If the model has LoRA layers, or is not what its configuration says.
     """
     check_plain_llama(model)
-    tensors: Arrays = {}
-    for name, parameter in model.named_parameters():
-        array = parameter.data
-        tensors[name] = array if name == EMBEDDING or array.ndim < 2 else array.T
+    tensors = {name: turned(name, p.data) for name, p in model.named_parameters()}
     c = model.config
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
     if (s := c.rope_scaling) is not None:
