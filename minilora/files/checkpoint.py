@@ -11,8 +11,8 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from minilora.files.gguf_llama import find_smollm2, load_gguf
+from minilora.files.plain import check_shapes, check_unwrapped, not_there
 from minilora.files.safetensors import load_with_metadata, save_safetensors
-from minilora.lora.surgery import wrappers
 from minilora.nn.attention import CausalSelfAttention
 from minilora.nn.gpt import GPT, GPTConfig
 from minilora.nn.layers import LayerNorm
@@ -67,21 +67,13 @@ def check_plain(model: GPT) -> None:
     """Raise ValueError if the model has LoRA layers, or is not what its configuration says."""
     if not isinstance(model, GPT):
         raise ValueError(f"expected a GPT, got {type(model).__name__} (to_hf_llama writes a Llama)")
-    if wrappers(model):
-        raise ValueError("the model has LoRA layers: store them with save_adapter, or remove_lora")
+    check_unwrapped(model)
     if len(model.h) != model.config.n_layers:
         raise ValueError(
             f"the model has {len(model.h)} blocks, its config says {model.config.n_layers}"
         )
-    found = {name: parameter.shape for name, parameter in model.named_parameters()}
-    expected = parameter_shapes(model.config)
-    for name in {**expected, **found}:
-        if found.get(name) != expected.get(name):
-            if name.startswith("lm_head."):
-                raise ValueError("the head of the model was replaced; a checkpoint holds a whole "
-                                 "GPT")
-            raise ValueError(f"{name} is {found.get(name)}, the config says {expected.get(name)}: "
-                             "a module was replaced, and no file could hold both")
+    check_shapes(model, parameter_shapes(model.config), "the head of the model was replaced; a "
+                 "checkpoint holds a whole GPT")
     _check_modules(model)
 
 
@@ -93,8 +85,7 @@ def _check_modules(model: GPT) -> None:
     for name, module in model.named_modules():
         place = re.sub(r"^h\.\d+", "h.0", name)
         if type(module).forward is not forwards.get(place):
-            raise ValueError(f"{name} is {module.title()}, which a GPT of this config does not "
-                             "have there: no file could hold both")
+            raise not_there(name, module, "GPT")
         for kind, attribute, setting in CONFIGURED:
             value, configured = getattr(module, attribute, None), getattr(c, setting)
             if isinstance(module, kind) and value != configured:

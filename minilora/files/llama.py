@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from minilora.files.hf_folder import HF_CONFIG, HF_WEIGHTS, read_folder
+from minilora.files.plain import check_shapes, check_unwrapped, not_there
 from minilora.files.settings import refuse_settings
 from minilora.files.together import save_pair
-from minilora.lora.surgery import wrappers
 from minilora.nn.llama import GroupedQueryAttention, Llama, LlamaConfig, RMSNorm, RopeScaling
 from minilora.nn.module import Parameter
 from minilora.nn.validate import CheckpointError, float_dtype
@@ -200,14 +200,8 @@ def check_plain_llama(model: Llama) -> None:
     """Raise ValueError if the model has LoRA layers, or is not what its configuration says."""
     if not isinstance(model, Llama):
         raise ValueError(f"expected a Llama, got {type(model).__name__}")
-    if wrappers(model):
-        raise ValueError("the model has LoRA layers: store them with save_adapter, or remove_lora")
-    expected = parameter_shapes(model.config)
-    found = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for name in {**expected, **found}:
-        if found.get(name) != expected.get(name):
-            raise ValueError(f"{name} is {found.get(name)}, the config says {expected.get(name)}: "
-                             "a module was replaced, and no file could hold both")
+    check_unwrapped(model)
+    check_shapes(model, parameter_shapes(model.config))
     usual = {name: type(module).forward for name, module in _smallest(model.config).named_modules()}
     for name, module in model.named_modules():
         same = type(module).forward is usual.get(name)
@@ -216,5 +210,4 @@ def check_plain_llama(model: Llama) -> None:
         if isinstance(module, GroupedQueryAttention):
             same = same and module.config == model.config
         if not same:
-            raise ValueError(f"{name} is {module.title()}, which a Llama of this config does not "
-                             "have there: no file could hold both")
+            raise not_there(name, module, "Llama")
