@@ -1,8 +1,9 @@
 """minilora: low-rank adaptation from scratch in NumPy, every gradient derived by hand.
 
-Start with `minilora/lora/layer.py`. The package has seven rooms, each of them using only those
+Start with `minilora/lora/layer.py`. The package has eight rooms, each of them using only those
 before it: `nn` (the network), `lora` (the adaptation), `train` (training), `files` (file formats),
-`data` (text), `lab` (experiments), `exercises` (exercises and their checks).
+`data` (text), `lab` (experiments), `exercises` (exercises and their checks),
+`commands` (the command line).
 """
 
 from minilora.train.blas import blas_threads, one_thread_by_default, set_blas_threads

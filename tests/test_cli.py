@@ -12,6 +12,7 @@ import minilora as ml
 from minilora import cli
 from minilora.cli import main
 from minilora.files import checkpoint
+from minilora.files.bases import load_model
 from minilora.lab import bench, compare, plots, pretrain
 
 
@@ -176,9 +177,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_training(
 def test_a_file_called_base_does_not_take_the_shipped_model_s_place(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "base")
-    assert cli.load_model("base").num_parameters() == 822_016
+    assert load_model("base").num_parameters() == 822_016
     with pytest.raises((OSError, ValueError)):
-        cli.load_model("./base")
+        load_model("./base")
 
 
 def test_a_closed_pipe_is_not_an_ignored_exception():
@@ -247,7 +248,8 @@ def test_ctrl_c_is_not_a_traceback(monkeypatch, capsys):
     def interrupt(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "generate_command", interrupt)
+    command = cli.COMMANDS["generate"]._replace(run=interrupt)
+    monkeypatch.setitem(cli.COMMANDS, "generate", command)
     assert main(["generate"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "minilora"
-ROOMS = ["nn", "lora", "train", "files", "data", "lab", "exercises"]  # each may use those before it
+# Each may use those before it.
+ROOMS = ["nn", "lora", "train", "files", "data", "lab", "exercises", "commands"]
 FILES = sorted(ROOT.rglob("*.py"))
 MODULES = {".".join(("minilora", *p.relative_to(ROOT).with_suffix("").parts)): p for p in FILES}
 # Inside functions: packages that are large, or that not everybody has, and our file that needs one.
 LAZY = {"matplotlib", "tqdm", "torch", "peft", "transformers", "threadpoolctl", "IPython",
         "ipywidgets", "resource", "minilora.lab.torch_peer"}
 SCREEN = 50  # lines
-FLAT = {"__init__.py", "__main__.py", "check.py", "cli.py", "options.py"}
+FLAT = {"__init__.py", "__main__.py", "check.py", "cli.py"}
 
 
 def imports(path, inside_functions=None):

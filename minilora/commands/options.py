@@ -1,9 +1,22 @@
-"""The values of options on the command line: each function parses a text, or says what is wrong."""
+"""What commands consist of, and the values of their options: a function parses a text, or says
+what is wrong with it.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import NamedTuple
+
+Parser = argparse.ArgumentParser
+
+
+class Command(NamedTuple):
+    """A command: what adds its options, what runs it, and what its help says."""
+
+    add_options: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace], int | None]
+    text: str
 
 
 def whole(least: int) -> Callable[[str], int]:

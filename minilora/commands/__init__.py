@@ -1,0 +1,1 @@
+"""The commands of `minilora`: for each, a function that adds its options, and one that runs it."""

@@ -1,0 +1,97 @@
+"""Commands that use and convert models and adapters: generate, info, merge."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from minilora.commands.options import Command, Parser, filled, temperature, whole
+from minilora.data.generate import sample_tokens
+from minilora.data.tokenizer import CharTokenizer, load_tokenizer
+from minilora.files.bases import load_model
+from minilora.files.checkpoint import save_checkpoint
+from minilora.files.gguf import describe_gguf, is_gguf
+from minilora.files.llama import to_hf_llama
+from minilora.files.peft_config import CONFIG_FILE, WEIGHTS_FILE
+from minilora.files.peft_read import describe_adapter, load_adapter
+from minilora.files.safetensors import describe_safetensors
+from minilora.lora.wrap import merge_lora
+from minilora.nn.llama import Llama
+
+MODEL_HELP = "base, small, smollm2, a checkpoint, a GGUF file, or a folder saved by transformers"
+
+
+def generate_options(parser: Parser) -> None:
+    """Add the options of `minilora generate`."""
+    add = parser.add_argument
+    add("--prompt", default="The ", help=r"text to continue; \n is a new line")
+    add("--base", type=filled, default="base", help=f"{MODEL_HELP} (default: base)")
+    add("--adapter", type=filled, help="folder of an adapter, as compare writes them")
+    add("--tokens", type=whole(0), default=400,
+        help="characters to write, or tokens of a language model (default: 400)")
+    add("--temperature", type=temperature, default=0.8,
+        help="0 always takes the likeliest character (default: 0.8)")
+    add("--top-k", type=whole(1), default=20,
+        help="draw from the k likeliest characters (default: 20)")
+    add("--seed", type=whole(0), default=0, help="seed of the draws (default: 0)")
+
+
+def generate_command(args: argparse.Namespace) -> None:
+    """Print the prompt and its continuation, character by character."""
+    model = load_model(args.base)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    tokenizer = load_tokenizer(args.base) if isinstance(model, Llama) else CharTokenizer()
+    prompt = args.prompt.replace("\\n", "\n")
+    if not prompt:
+        raise ValueError("the prompt is empty: give the model at least one character")
+    ids = tokenizer.encode(prompt)
+    tokens = sample_tokens(model, ids, args.tokens, args.temperature, args.top_k, args.seed,
+                           getattr(tokenizer, "eos", None))
+    texts = tokenizer.decode_stream(int(token[0]) for token in tokens)
+    print(prompt + next(texts, ""), end="", flush=True)  # so that an error comes before any text
+    for text in texts:
+        print(text, end="", flush=True)
+    print()
+
+
+def info_options(parser: Parser) -> None:
+    """Add the argument of `minilora info`."""
+    parser.add_argument("path", help="folder of an adapter, or a safetensors or GGUF file")
+
+
+def info_command(args: argparse.Namespace) -> None:
+    """Print the contents of an adapter, a checkpoint or a GGUF file."""
+    path = Path(args.path)
+    if path.is_dir() and not (path / CONFIG_FILE).exists() and (path / "config.json").exists():
+        path /= "model.safetensors"  # a model saved by transformers
+    is_adapter = path.is_dir() or path.name in (CONFIG_FILE, WEIGHTS_FILE)
+    print(describe_adapter(path) if is_adapter else
+          describe_gguf(path) if is_gguf(path) else describe_safetensors(path))
+
+
+def merge_options(parser: Parser) -> None:
+    """Add the arguments of `minilora merge`."""
+    parser.add_argument("base", help=MODEL_HELP)
+    parser.add_argument("adapter", help="folder of an adapter")
+    parser.add_argument("out", help="checkpoint to write, in float32; of a Llama, a folder")
+
+
+def merge_command(args: argparse.Namespace) -> None:
+    """Merge an adapter into a base for good, and write a plain checkpoint."""
+    model = load_model(args.base)
+    load_adapter(model, args.adapter)
+    merge_lora(model, unload=True)
+    if isinstance(model, Llama):
+        to_hf_llama(model, args.out)
+    else:
+        save_checkpoint(model, args.out)
+    print(f"written to {args.out}: {model.num_parameters():,} parameters, A and B are merged")
+
+
+COMMANDS = {
+    "generate": Command(generate_options, generate_command, "continue a text with a model"),
+    "info": Command(info_options, info_command,
+                    "show what is in an adapter, checkpoint or GGUF file"),
+    "merge": Command(merge_options, merge_command, "merge an adapter into a base for good"),
+}
