@@ -33,7 +33,7 @@ class History:
     interrupted: bool = False
 
     def __post_init__(self) -> None:
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() - (self.seconds[-1] if self.seconds else 0.0)
 
     def add(self, step: int, loss: float, learning_rate: float) -> None:
         """Record a training step."""
@@ -43,8 +43,8 @@ class History:
         self.seconds.append(time.perf_counter() - self._start)
 
     def validate(self, step: int, parallel: DataParallel, batches: list[Batch] | None) -> None:
-        """Evaluate and record the loss, unless `batches` is None."""
-        if batches is not None:
+        """Evaluate and record the loss, unless `batches` is None or this step has one."""
+        if batches is not None and step not in self.validation_steps:
             loss = parallel.mean_loss(batches)
             self.validation_steps.append(step)
             self.validation_losses.append(loss)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+
+import numpy as np
 
 from minilora.nn.module import Module
 from minilora.nn.validate import check_sizes
@@ -12,6 +13,7 @@ from minilora.train.history import History, training_bytes
 from minilora.train.mode import check_trainable, training
 from minilora.train.optim import Optimizer
 from minilora.train.parallel import Batch, DataParallel, Loss, keep_freed_memory
+from minilora.train.progress import Bar
 from minilora.train.schedule import clip_grad_norm
 
 
@@ -27,12 +29,12 @@ def evaluate(
 
 
 def training_steps(
-    parallel: DataParallel, batches: Iterable[Batch], optimizer: Optimizer, steps: int,
+    parallel: DataParallel, batches: Iterable[Batch], optimizer: Optimizer, steps: range,
     schedule: Callable[[int], float] | None, clip_norm: float | None,
-) -> Iterator[tuple[int, float]]:
-    """Train: yield (step, loss) after each update."""
+) -> Iterator[tuple[int, float, int]]:
+    """Train: yield (step, loss, tokens of its batch) after each update."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    for step, (ids, targets) in zip(range(steps), batches, strict=False):
+    for step, (ids, targets) in zip(steps, batches, strict=False):
         if schedule is not None:
             for group in optimizer.param_groups:
                 group["lr"] = schedule(step)
@@ -44,7 +46,7 @@ def training_steps(
         if clip_norm is not None:
             clip_grad_norm(trained, clip_norm)
         optimizer.step()
-        yield step, loss
+        yield step, loss, np.size(targets)
 
 
 def fit(
@@ -52,7 +54,8 @@ def fit(
     schedule: Callable[[int], float] | None = None, clip_norm: float | None = None,
     validation: Iterable[Batch] | None = None, validate_every: int = 100,
     threads: int | None = None, progress: bool = True, description: str = "",
-    loss: Loss | None = None,
+    loss: Loss | None = None, history: History | None = None,
+    after_step: Callable[[History], None] | None = None,
 ) -> History:
     """Train for `steps` batches and return the record. Ctrl-C ends the run early.
 
@@ -64,41 +67,35 @@ def fit(
     validation : batches to evaluate before training, every `validate_every` steps, and at the end
     threads : number that share each batch; None for as many as pay off, see `parallel`
     loss : (model, ids, targets) -> loss, dlogits; None for the cross-entropy of the next token
+    history : the record of a run to go on with; its steps are among `steps`, its batches are not
+    after_step : called with the record after each step; KeyboardInterrupt from it ends the run
 
     Raises
     ------
-    ValueError : if nothing is trainable, or the optimizer holds no trainable parameter, as if it
-        was made before replace_linear_with_lora
+    ValueError : if nothing is trainable, or the optimizer holds no trainable parameter
     RuntimeError : if the model is being trained already
-    FloatingPointError : if the loss is not finite, naming step and learning rate; the weights
-        are those before that step
+    FloatingPointError : if the loss is not finite; the weights are those before that step
     """
     check_trainable(model, optimizer)
     check_sizes("fit", steps=steps, validate_every=validate_every)
-    history, held_out = History(), None if validation is None else list(validation)
+    history, held_out = history or History(), None if validation is None else list(validation)
+    history.interrupted, start = False, len(history.steps)
     keep_freed_memory()
-    with (training(model), _bar(steps, description, progress) as bar,
+    with (training(model), Bar(start, steps, description, progress) as bar,
           DataParallel(model, threads, loss) as parallel):
         try:
-            history.validate(0, parallel, held_out)
-            for step, value in training_steps(
-                parallel, batches, optimizer, steps, schedule, clip_norm
-            ):
+            history.validate(0, parallel, None if start else held_out)
+            for step, value, tokens in training_steps(parallel, batches, optimizer,
+                                                      range(start, steps), schedule, clip_norm):
                 history.add(step, value, optimizer.param_groups[0]["lr"])
-                bar.set_postfix_str(f"loss {value:.3f}", refresh=False)
-                bar.update()
+                bar.update(value, tokens)
                 if (step + 1) % validate_every == 0 and step + 1 < steps:
                     history.validate(step + 1, parallel, held_out)
-            if history.steps:
-                history.validate(history.steps[-1] + 1, parallel, held_out)
+                if after_step is not None:
+                    after_step(history)
+            history.validate(len(history.steps), parallel, held_out)
         except KeyboardInterrupt:
             history.interrupted = True
     history.bytes = training_bytes(model, optimizer)
     model.zero_grad()
     return history
-
-
-def _bar(steps: int, description: str, progress: bool) -> Any:
-    from tqdm import tqdm  # here, because it takes a fifth of minilora's import time
-
-    return tqdm(total=steps, desc=description, disable=not progress, leave=False, unit="step")

@@ -9,10 +9,11 @@ import numpy as np
 
 from minilora.nn.module import Parameter
 from minilora.train.groups import parameter_groups
+from minilora.train.optimizer_state import Resumable
 
 
-class Optimizer:
-    """The base class: parameter groups, and a state for each parameter.
+class Optimizer(Resumable):
+    """The base class: parameter groups, and a state for each parameter that can be put back.
 
     Parameters without a gradient, such as frozen ones, are skipped and get no state.
 
@@ -29,7 +30,7 @@ class Optimizer:
 
     def __init__(self, parameters: Iterable[Any], **defaults: Any):
         self.param_groups = parameter_groups(parameters, defaults)
-        self.state: dict[Parameter, list[np.ndarray]] = {}
+        self.state, self.steps = {}, {}  # moments, and numbers of updates
 
     def zero_grad(self) -> None:
         """Clear every gradient (`.grad = None`)."""
@@ -97,7 +98,6 @@ class AdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01,
     ):
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.steps: dict[Parameter, int] = {}
 
     def update(self, p: Parameter, g: np.ndarray, group: dict[str, Any]) -> None:
         (b1, b2), lr = group["betas"], group["lr"]

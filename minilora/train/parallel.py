@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from minilora.nn.functional import IGNORE_INDEX, cross_entropy
+from minilora.nn.layers import Dropout
 from minilora.nn.module import M, Module, Parameter
 from minilora.nn.validate import check_sizes
 from minilora.train.blas import blas_threads
@@ -73,6 +74,13 @@ def replicate(model: M) -> M:
         if isinstance(getattr(module, "rng", None), np.random.Generator):
             vars(copied)["rng"] = module.rng.spawn(1)[0]  # so that all differ
     return twin
+
+
+def reseed(twin: Module, model: Module) -> None:
+    """Seed a replica's dropout from the model's, so that a run can be repeated from its state."""
+    for (_, module), (_, copied) in zip(model.named_modules(), twin.named_modules(), strict=True):
+        if isinstance(module, Dropout) and module.p > 0.0:
+            vars(copied)["rng"] = np.random.default_rng(module.rng.integers(1 << 63))
 
 
 def follow(twin: Module, model: Module) -> bool:
@@ -138,6 +146,7 @@ class DataParallel:
         models = self._models([(ids, targets)])
         for twin in models[1:]:
             twin.zero_grad()
+            reseed(twin, models[0])
         if len(models) == 1 or not total:  # without targets, cross_entropy raises
             return self._work(models[0], ids, targets, 1.0)
         parts = zip(np.array_split(ids, len(models)), np.array_split(targets, len(models)),

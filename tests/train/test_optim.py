@@ -211,3 +211,63 @@ def test_clipping_takes_an_iterable_of_parameters(one):
 def test_settings_that_are_wrong_are_named(setting, error, words):
     with pytest.raises(error, match=words):
         ml.AdamW([ml.Parameter(np.zeros(2))], **setting)
+
+
+@pytest.mark.parametrize("make", [
+    lambda ps: ml.AdamW([{"params": ps[:1], "lr": 0.1}, {"params": ps[1:]}], betas=(0.8, 0.9)),
+    lambda ps: ml.SGD(ps, momentum=0.9, weight_decay=0.1), ml.SGD])
+def test_a_state_that_is_put_back_goes_on_in_the_same_bits(make):
+    rng = np.random.default_rng(0)
+    gradients = rng.standard_normal((6, 2, 3)).astype(np.float32)
+
+    def run(parameters, optimizer, steps):
+        for g in steps:
+            for i, p in enumerate(parameters[:2]):  # the third never has a gradient
+                p.grad = g[i]
+            optimizer.step()
+
+    def fresh():
+        return [ml.Parameter(np.arange(3, dtype=np.float32) + i) for i in range(3)]
+
+    whole = fresh()
+    run(whole, make(whole), gradients)
+    first = fresh()
+    optimizer = make(first)
+    run(first, optimizer, gradients[:3])
+    state = optimizer.state_dict()
+    kept = [np.array(p.data) for p in first]
+    run(first, optimizer, gradients[3:])  # the state is a copy
+    second = [ml.Parameter(a) for a in kept]
+    other = make(second)
+    other.load_state_dict(state)
+    assert other.state_dict()["param_groups"] == state["param_groups"]
+    run(second, other, gradients[3:])
+    for p, q, r in zip(whole, first, second, strict=True):
+        assert np.array_equal(p.data, q.data) and np.array_equal(p.data, r.data)
+    assert set(state["state"]) <= {0, 1}
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
+    parameters = [ml.Parameter(np.ones(3)), ml.Parameter(np.ones((2, 2)))]
+    optimizer = ml.AdamW(parameters)
+    for p in parameters:
+        p.grad = np.ones(p.shape)
+    optimizer.step()
+    state = optimizer.state_dict()
+    entry = state["state"][0]
+    groups = state["param_groups"]
+    for wrong, words in (
+        (ml.SGD(parameters).state_dict(), "momentum.*; |SGD|here there are 2 parameters"),
+        (ml.AdamW(parameters[:1]).state_dict(), "it has 1 parameters .*here there are 2"),
+        (state | {"state": {0: entry | {"moments": [np.ones(2)] * 2}}}, r"shapes \[\(2,\)"),
+        (state | {"state": {7: entry}}, "not the state of an optimizer: 7"),
+        (state | {"param_groups": [groups[0] | {"lr": -1.0}]}, "lr must be 0 or more"),
+        ({"state": {}}, "not the state of an optimizer: 'param_groups'"),
+        ({"param_groups": [3], "state": {}}, "not the state|not subscriptable"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            optimizer.load_state_dict(wrong)
+        now = optimizer.state_dict()
+        assert now["param_groups"] == groups
+        assert all(np.array_equal(a, b) for i in (0, 1) for a, b in zip(
+            now["state"][i]["moments"], state["state"][i]["moments"], strict=True))

@@ -1,4 +1,7 @@
 import contextlib
+import dataclasses
+import io
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +11,7 @@ from conftest import tiny_config
 
 import minilora as ml
 from minilora.train import loop as training
-from minilora.train import parallel
+from minilora.train import parallel, progress
 from minilora.train.loop import evaluate, fit
 from minilora.train.parallel import DataParallel, replicate
 
@@ -284,34 +287,96 @@ def test_evaluate_weighs_batches_by_size_and_needs_one(tiny_gpt, ids):
         evaluate(tiny_gpt, [])
 
 
-def test_progress_bar_shows_loss_and_can_be_switched_off(tiny_gpt, ids, capsys):
-    optimizer = ml.AdamW(tiny_gpt.parameters())
-    fit(tiny_gpt, batches_of(ids), optimizer, 3, progress=False)
-    assert capsys.readouterr().err == ""
-    fit(tiny_gpt, batches_of(ids), optimizer, 3, description="a run")
-    shown = capsys.readouterr().err
-    assert "a run:   0%" in shown and "0/3 [" in shown and "?step/s" in shown
-    assert "\n" not in shown, "the bar vanishes when it is done"
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_progress_bar_is_for_terminals_and_can_be_switched_off(tiny_gpt, ids, monkeypatch):
+    def shown(stream, **given):
+        monkeypatch.setattr(sys, "stderr", stream)
+        fit(tiny_gpt, batches_of(ids), ml.AdamW(tiny_gpt.parameters()), 3, **given)
+        return stream.getvalue()
+
+    assert not shown(Terminal(), progress=False) and not shown(io.StringIO())
+    text = shown(Terminal(), description="a run")
+    assert "a run:   0%" in text and "0/3 [" in text and "?step/s" in text
+    assert "\n" not in text, "the bar vanishes when it is done"
+    monkeypatch.setitem(sys.modules, "ipykernel", None)
+    assert "0/3 [" in shown(io.StringIO()), "in a notebook, stderr is no terminal"
+    monkeypatch.setattr(sys, "stderr", None)  # as under pythonw
+    fit(tiny_gpt, batches_of(ids), ml.AdamW(tiny_gpt.parameters()), 1)
 
 
 def test_the_progress_bar_has_one_step_for_each_of_the_run_and_its_loss(tiny_gpt, ids, monkeypatch):
     calls = []
 
     class Bar(contextlib.nullcontext):
-        def set_postfix_str(self, text, refresh):
-            calls.append((text, refresh))
-
-        def update(self):
-            calls.append("update")
+        def update(self, loss, tokens):
+            calls.append((loss, tokens))
 
         def __enter__(self):
             return self
 
-    monkeypatch.setattr(training, "_bar", lambda *given: calls.append(given) or Bar())
+    monkeypatch.setattr(training, "Bar", lambda *given: calls.append(given) or Bar())
     history = fit(tiny_gpt, batches_of(ids), ml.AdamW(tiny_gpt.parameters()), 2)
-    assert calls[0] == (2, "", True)
-    expected = [((f"loss {loss:.3f}", False), "update") for loss in history.losses]
-    assert calls[1:] == [call for pair in expected for call in pair]
+    assert calls[0] == (0, 2, "", True)
+    assert calls[1:] == [(loss, ids.size) for loss in history.losses]
+    fit(tiny_gpt, batches_of(ids), ml.AdamW(tiny_gpt.parameters()), 3, history=history)
+    assert calls[3] == (2, 3, "", True) and len(calls) == 5
+
+
+def test_the_bar_shows_loss_and_tokens_a_second(monkeypatch):
+    clock = iter([100.0, 102.0])
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress.Bar(4, 10, "x", True) as bar, monkeypatch.context() as patch:
+        patch.setattr(progress.time, "perf_counter", lambda: next(clock))
+        bar._start = next(clock)
+        bar.update(1.5, 3000)
+        assert "loss 1.500, 1,500 tokens/s" in bar._bar.postfix and bar._bar.n == 5
+
+
+def test_a_run_in_parts_is_bit_for_bit_the_run_in_one(ids):
+    """Dropout included, if the states of model, optimizer and random generators are put back."""
+    def made():
+        model = ml.replace_linear_with_lora(ml.GPT(tiny_config(dropout=0.2)), 2, 4, rng=1)
+        return model, ml.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+
+    given = {"schedule": ml.cosine_schedule(1e-2, 7), "threads": 2, "progress": False,
+             "validation": batches_of(ids, 1), "validate_every": 2}
+    model, optimizer = made()
+    whole = fit(model, batches_of(ids) * 7, optimizer, 7, **given)
+
+    model2, optimizer2 = made()
+
+    def stop(history):
+        if len(history.steps) == 3:
+            raise KeyboardInterrupt
+
+    part = fit(model2, batches_of(ids) * 7, optimizer2, 7, after_step=stop, **given)
+    assert part.interrupted and len(part.steps) == 3 and part.validation_steps == [0, 2]
+    model3, optimizer3 = made()
+    model3.load_state_dict(model2.state_dict())
+    optimizer3.load_state_dict(optimizer2.state_dict())
+    for (_, old), (_, new) in zip(model2.named_modules(), model3.named_modules(), strict=True):
+        if isinstance(old, ml.Dropout):
+            new.rng.bit_generator.state = old.rng.bit_generator.state
+    rest = fit(model3, batches_of(ids) * 4, optimizer3, 7, history=part, **given)
+    assert rest is part and not rest.interrupted
+    for name in ("steps", "losses", "learning_rates", "validation_steps", "validation_losses"):
+        assert getattr(rest, name) == getattr(whole, name), name
+    for (name, p), (_, q) in zip(model.named_parameters(), model3.named_parameters(), strict=True):
+        assert np.array_equal(p.data, q.data), name
+
+
+def test_a_record_that_has_all_steps_is_left_as_it_is(tiny_gpt, ids):
+    optimizer = ml.AdamW(tiny_gpt.parameters())
+    given = {"validation": batches_of(ids, 1), "progress": False}
+    history = fit(tiny_gpt, batches_of(ids), optimizer, 1, **given)
+    before = dataclasses.asdict(history)
+    again = fit(tiny_gpt, batches_of(ids), optimizer, 1, history=history, **given)
+    assert dataclasses.asdict(again) | {"bytes": 0} == before | {"bytes": 0}
 
 
 def test_seconds_count_from_the_start(monkeypatch):
@@ -321,6 +386,10 @@ def test_seconds_count_from_the_start(monkeypatch):
     history.add(0, 2.0, 0.1)
     history.add(1, 1.0, 0.1)
     assert history.seconds == [2.5, 3.0]
+    clock = iter([200.0, 201.0])
+    later = ml.History(seconds=history.seconds)
+    later.add(2, 1.0, 0.1)
+    assert later.seconds == [2.5, 3.0, 4.0]
 
 
 def test_threads_below_one(tiny_gpt):
