@@ -8,7 +8,7 @@ from pathlib import Path
 from minilora.commands.options import Command, Parser, filled, temperature, whole
 from minilora.data.generate import sample_tokens
 from minilora.data.tokenizer import CharTokenizer, load_tokenizer
-from minilora.files.bases import load_model
+from minilora.files.bases import load_adapted, load_model
 from minilora.files.checkpoint import save_checkpoint
 from minilora.files.gguf import describe_gguf, is_gguf
 from minilora.files.llama import to_hf_llama
@@ -25,8 +25,9 @@ def generate_options(parser: Parser) -> None:
     """Add the options of `minilora generate`."""
     add = parser.add_argument
     add("--prompt", default="The ", help=r"text to continue; \n is a new line")
-    add("--base", type=filled, default="base", help=f"{MODEL_HELP} (default: base)")
-    add("--adapter", type=filled, help="folder of an adapter, as compare writes them")
+    add("--base", type=filled,
+        help=f"{MODEL_HELP} (default: the one that the adapter was made for, or base)")
+    add("--adapter", type=filled, help="folder of an adapter")
     add("--tokens", type=whole(0), default=400,
         help="characters to write, or tokens of a language model (default: 400)")
     add("--temperature", type=temperature, default=0.8,
@@ -38,10 +39,8 @@ def generate_options(parser: Parser) -> None:
 
 def generate_command(args: argparse.Namespace) -> None:
     """Print the prompt and its continuation, character by character."""
-    model = load_model(args.base)
-    if args.adapter:
-        load_adapter(model, args.adapter)
-    tokenizer = load_tokenizer(args.base) if isinstance(model, Llama) else CharTokenizer()
+    model, base = load_adapted(args.base, args.adapter)
+    tokenizer = load_tokenizer(base) if isinstance(model, Llama) else CharTokenizer()
     prompt = args.prompt.replace("\\n", "\n")
     if not prompt:
         raise ValueError("the prompt is empty: give the model at least one character")

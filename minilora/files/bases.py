@@ -10,6 +10,8 @@ from minilora.files.gguf_llama import load_gguf
 from minilora.files.gpt2 import from_hf_gpt2
 from minilora.files.hf_folder import HF_CONFIG
 from minilora.files.llama import from_hf_llama
+from minilora.files.origin import WrongBase, origin, to_load
+from minilora.files.peft_read import load_adapter, read_adapter
 from minilora.files.settings import read_json
 from minilora.nn.gpt import GPT
 from minilora.nn.llama import Llama
@@ -27,3 +29,19 @@ def load_model(name: str) -> GPT | Llama:
         return load_gguf(name)
     return load_checkpoint(name) if path.suffix or "/" in name or path.is_file() else (
         load_base(name))
+
+
+def load_adapted(name: str | None, adapter: str | None) -> tuple[GPT | Llama, str]:
+    """Load a base, attach an adapter, and return the model and what the base was loaded by.
+
+    Without a name it is the base that the adapter was made for, or "base".
+    """
+    if not adapter:
+        return load_model(name or "base"), name or "base"
+    found = name or to_load(origin(read_adapter(adapter)[0]), adapter)
+    model = load_model(found)
+    try:
+        load_adapter(model, adapter)
+    except WrongBase as error:
+        raise ValueError(f"{adapter} was made for {error.base}: add --base {error.base}") from None
+    return model, found

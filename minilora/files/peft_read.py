@@ -13,11 +13,13 @@ and v. `load_adapter` reads both.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from minilora.files.origin import WrongBase, fingerprint, origin
 from minilora.files.patterns import bounded
 from minilora.files.peft_config import (
     BASE_WEIGHT,
@@ -31,7 +33,7 @@ from minilora.files.peft_config import (
 )
 from minilora.files.peft_names import Arrays, in_our_names
 from minilora.files.safetensors import printable
-from minilora.files.together import load_pair
+from minilora.files.together import READY, load_pair
 from minilora.lora.adapter import Adapter, Factors, attach
 from minilora.nn.module import M
 from minilora.nn.validate import CheckpointError
@@ -67,15 +69,24 @@ def load_adapter(model: M, path: str | Path) -> M:
     CheckpointError
         If the files are damaged, have a setting that is not supported, or do not fit the model.
         The message lists all names and shapes that differ, and the model is not changed.
+    WrongBase
+        If they do not fit, and were made for another base. (A warning if they do fit.)
     FileNotFoundError
         If there is no adapter at `path`.
     """
     config, adapter = read_adapter(path)
+    made, mark = origin(config), fingerprint(model)
+    other = made.fingerprint not in (None, mark)
     try:
         adapter, frozen_head = in_our_names(model, config, adapter)
         attach(model, adapter)
     except CheckpointError as error:
+        if other and made.base:
+            raise WrongBase(path, made.base) from None
         raise CheckpointError(f"{path}: {error}") from None
+    if other:
+        warnings.warn(f"{path} was made for {made.base or 'another base'}: the weights of this "
+                      "model are not those", stacklevel=3)
     if frozen_head:
         dict(model.named_modules())["lm_head.module"].freeze()
     model.eval()
@@ -104,13 +115,26 @@ def read_adapter(path: str | Path) -> tuple[Config, Adapter]:
     CheckpointError
         If the files are damaged, are from two different saves, or have a setting that is not
         supported.
+    FileNotFoundError
+        If there is no adapter at `path`.
     """
     folder = Path(path)
     folder = folder.parent if folder.is_file() else folder
+    if not any((folder / name).exists() for name in (CONFIG_FILE, f".{CONFIG_FILE}{READY}")):
+        raise FileNotFoundError(_no_adapter(folder))
     if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
         raise CheckpointError(f"{folder} holds adapter_model.bin, a pickle, which can run code "
                               "when it is read: save it as safetensors first")
     return as_adapter(folder, *load_pair(folder / WEIGHTS_FILE, folder / CONFIG_FILE))
+
+
+def _no_adapter(folder: Path) -> str:
+    """Say that a folder has no adapter, and which one below it has."""
+    if not folder.is_dir():
+        return f"there is no adapter at {folder}: no such folder"
+    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    return (f"there is no adapter in {folder}: it has no {CONFIG_FILE}"
+            + (f", but {below[0]} has one" if below else ""))
 
 
 def as_adapter(folder: Path, settings: Config, tensors: Arrays) -> tuple[Config, Adapter]:
@@ -258,6 +282,11 @@ def describe_adapter(path: str | Path) -> str:
         f"{len(layers)} layers, {sum(a.size for a in arrays):,} parameters, "
         f"{sum(a.nbytes for a in arrays):,} bytes",
     ]
+    made = origin(config)
+    if made.base:
+        lines.append(f"made for: {made.base}")
+    if made.held_out_loss is not None:
+        lines.append(f"held-out loss: {made.held_out_loss:.4g} nats per token")
     if adapter.saved:
         size = sum(a.size for a in adapter.saved.values())
         shapes = ", ".join(f"{name} {array.shape}" for name, array in adapter.saved.items())

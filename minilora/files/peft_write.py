@@ -11,6 +11,7 @@ import numpy as np
 
 from minilora.files.checkpoint import parameter_shapes
 from minilora.files.gpt2 import our_names, their_name
+from minilora.files.origin import settings_of
 from minilora.files.peft_config import CONFIG_FILE, HEADS, PREFIX, WEIGHTS_FILE, Config, targeted
 from minilora.files.peft_names import (
     Arrays,
@@ -36,7 +37,9 @@ from minilora.nn.validate import CheckpointError
 # ---- Under our names
 
 
-def save_adapter(model: Module, path: str | Path) -> None:
+def save_adapter(
+    model: Module, path: str | Path, base: str | None = None, held_out_loss: float | None = None
+) -> None:
     """Write the adapter that is on a model, under our names.
 
     It has A and B of every LoRA layer, and everything else that belongs to the task, such as a
@@ -49,6 +52,11 @@ def save_adapter(model: Module, path: str | Path) -> None:
         Has LoRA layers. It is not changed.
     path
         The folder to write.
+    base
+        The name or path of the base, to be stored for those who load the adapter; None is enough
+        for the bases that `load_base` knows by name.
+    held_out_loss
+        To be stored for those who compare adapters, in nats per token.
 
     Raises
     ------
@@ -58,21 +66,22 @@ def save_adapter(model: Module, path: str | Path) -> None:
         Nothing has been written then.
     """
     adapter = _storable(model)
-    base = base_modules(model)
+    modules = base_modules(model)
     saved = {
-        name: array if array.ndim < 2 or is_embedding(base, name) else array.T
+        name: array if array.ndim < 2 or is_embedding(modules, name) else array.T
         for name, array in adapter.saved.items()
     }
     task = "CAUSAL_LM" if isinstance(model, Llama) else None  # our names are those of transformers
     settings = {"fan_in_fan_out": False, "task_type": task}
+    settings |= settings_of(model, base, held_out_loss)
     adapter = Adapter(adapter.layers, saved, adapter.dropout)
-    _write(model, adapter, Path(path), linear_names(base), settings)
+    _write(model, adapter, Path(path), linear_names(modules), settings)
 
 
 # ---- Under the names of transformers
 
 
-def save_peft(model: GPT | Llama, path: str | Path) -> None:
+def save_peft(model: GPT | Llama, path: str | Path, base: str | None = None) -> None:
     """Write the adapter that is on a GPT, for PEFT on the GPT-2 of transformers.
 
     A Llama has the names of transformers already, so for it this is `save_adapter`.
@@ -87,6 +96,8 @@ def save_peft(model: GPT | Llama, path: str | Path) -> None:
         Has LoRA layers. It is not changed.
     path
         The folder to write.
+    base
+        The name or path of the base, as for `save_adapter`.
 
     Raises
     ------
@@ -96,14 +107,14 @@ def save_peft(model: GPT | Llama, path: str | Path) -> None:
         As `save_adapter`, or if a new head has a bias.
     """
     if isinstance(model, Llama):
-        return save_adapter(model, path)
+        return save_adapter(model, path, base)
     if not isinstance(model, GPT):
         raise TypeError(f"save_peft is for a GPT or a Llama, got {type(model).__name__}")
     adapter = _storable(model)
-    base = base_modules(model)
-    parameters = {name: parameter.data for name, parameter in base_parameters(base).items()}
-    shared = {id(base[path]): f for path, f in adapter.layers.items()}  # a layer in two places
-    everywhere = {path: shared[id(m)] for path, m in base.items() if id(m) in shared}
+    modules = base_modules(model)
+    parameters = {name: parameter.data for name, parameter in base_parameters(modules).items()}
+    shared = {id(modules[path]): f for path, f in adapter.layers.items()}  # a layer in two places
+    everywhere = {path: shared[id(m)] for path, m in modules.items() if id(m) in shared}
     layers = _fused_layers(everywhere, parameters)
     saved = _fused_saved(adapter.saved, parameters)
     classifies = _classifies(model, adapter)
@@ -111,8 +122,9 @@ def save_peft(model: GPT | Llama, path: str | Path) -> None:
         saved = _with_score(saved)
     saved |= {f"{head}.weight": saved[f"{head}.weight"].T
               for head in HEADS if f"{head}.weight" in saved}
-    linears = list(dict.fromkeys(map(their_name, linear_names(base))))
+    linears = list(dict.fromkeys(map(their_name, linear_names(modules))))
     settings = {"fan_in_fan_out": True, "task_type": "SEQ_CLS" if classifies else "CAUSAL_LM"}
+    settings |= settings_of(model, base)
     _write(model, Adapter(layers, saved, adapter.dropout), Path(path), linears, settings)
 
 
@@ -246,7 +258,6 @@ def _settings(adapter: Adapter, linears: list[str]) -> Config:
         raise ValueError(f"{', '.join(sorted(both))}: PEFT has no LoRA on a module stored whole")
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": None,
         "inference_mode": True,
         **_scale_settings(layers, dora),
         "lora_dropout": adapter.dropout,

@@ -9,6 +9,9 @@ from typing import Any
 from minilora.files.safetensors import MAX_HEADER, open_regular
 from minilora.nn.validate import CheckpointError
 
+# PEFT knows this setting, in which others may put what they like, and ignores it.
+PLACE = "auto_mapping"
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError if the file contains anything else."""

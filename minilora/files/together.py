@@ -31,12 +31,10 @@ from minilora.files.safetensors import (
     temporary_in,
     write_atomically,
 )
-from minilora.files.settings import read_json
+from minilora.files.settings import PLACE, read_json
 from minilora.nn.validate import CheckpointError
 
 FINGERPRINT = "minilora_fingerprint"
-# PEFT knows this setting, in which others may put what they like, and ignores it.
-PLACE = "auto_mapping"
 READY = ".minilora-next"  # the name of what is complete, but not in its place yet
 
 Settings = dict[str, Any]
@@ -54,7 +52,8 @@ def save_pair(weights: Path, tensors: Arrays, config: Path, settings: Settings) 
     new weights are in place, the old pair is complete, and from then on the new one is.
     """
     fingerprint = _fingerprint(tensors, settings)
-    text = json.dumps(settings | {PLACE: {FINGERPRINT: fingerprint}}, indent=2).encode()
+    place = settings.get(PLACE, {}) | {FINGERPRINT: fingerprint}
+    text = json.dumps(settings | {PLACE: place}, indent=2).encode()
     config.parent.mkdir(parents=True, exist_ok=True)
     with _locked(config.parent):
         _settle(weights, config)  # after a save that was killed
