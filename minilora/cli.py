@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
-from minilora.commands import experiments, grading, models
+from minilora.commands import adapters, experiments, finetune, grading, models
 from minilora.commands.options import Parser
 from minilora.files.safetensors import printable
 
-COMMANDS = experiments.COMMANDS | models.COMMANDS | grading.COMMANDS
+COMMANDS = (experiments.COMMANDS | finetune.COMMANDS | adapters.COMMANDS | models.COMMANDS
+            | grading.COMMANDS)
 
 
 def build_parser() -> Parser:
@@ -25,6 +30,19 @@ def build_parser() -> Parser:
     return parser
 
 
+@contextlib.contextmanager
+def notes(command: str) -> Iterator[None]:
+    """Print warnings as sentences, without the line of code that they come from."""
+
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        print(f"minilora {command}: {printable(str(message))}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status.
 
@@ -32,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        status = args.run(args) or 0
+        with notes(args.command):
+            status = args.run(args) or 0
         sys.stdout.flush()  # here, where a reader that has gone is not an error
         return status
     except BrokenPipeError:  # the reader has stopped, as in `minilora generate | head`

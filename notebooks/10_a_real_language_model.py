@@ -212,7 +212,7 @@ model.print_trainable_parameters()
 losses = history.validation_losses
 print(f"held-out loss {losses[0]:.2f} to {losses[-1]:.3f} nats per token, "
       f"in {outcome.seconds:.0f} seconds")
-teach.loss_curve(history)
+plots.loss_curve(history, teach.UNIT)
 
 # %%
 right = {kind: teach.exact(outcome.answers[kind], pairs) for kind, pairs in task.held_out.items()}

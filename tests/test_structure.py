@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 MODULES = {".".join(("minilora", *p.relative_to(ROOT).with_suffix("").parts)): p for p in FILES}
 # Inside functions: packages that are large, or that not everybody has, and our file that needs one.
 LAZY = {"matplotlib", "tqdm", "torch", "peft", "transformers", "threadpoolctl", "IPython",
-        "ipywidgets", "resource", "minilora.lab.torch_peer"}
+        "ipywidgets", "readline", "resource", "minilora.lab.torch_peer"}
 SCREEN = 50  # lines
 FLAT = {"__init__.py", "__main__.py", "check.py", "cli.py"}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minilora.commands.options import Command, Parser, filled, temperature, whole
+from minilora.commands.options import MODEL_HELP, Command, Parser, filled, temperature, whole
 from minilora.data.generate import sample_tokens
-from minilora.data.tokenizer import CharTokenizer, load_tokenizer
+from minilora.data.tokenizer import tokenizer_of
 from minilora.files.bases import load_adapted, load_model
 from minilora.files.checkpoint import save_checkpoint
 from minilora.files.gguf import describe_gguf, is_gguf
@@ -17,8 +17,6 @@ from minilora.files.peft_read import describe_adapter, load_adapter
 from minilora.files.safetensors import describe_safetensors
 from minilora.lora.wrap import merge_lora
 from minilora.nn.llama import Llama
-
-MODEL_HELP = "base, small, smollm2, a checkpoint, a GGUF file, or a folder saved by transformers"
 
 
 def generate_options(parser: Parser) -> None:
@@ -40,7 +38,7 @@ def generate_options(parser: Parser) -> None:
 def generate_command(args: argparse.Namespace) -> None:
     """Print the prompt and its continuation, character by character."""
     model, base = load_adapted(args.base, args.adapter)
-    tokenizer = load_tokenizer(base) if isinstance(model, Llama) else CharTokenizer()
+    tokenizer = tokenizer_of(model, base)
     prompt = args.prompt.replace("\\n", "\n")
     if not prompt:
         raise ValueError("the prompt is empty: give the model at least one character")

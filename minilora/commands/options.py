@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 Parser = argparse.ArgumentParser
+MODEL_HELP = "base, small, smollm2, a checkpoint, a GGUF file, or a folder saved by transformers"
+DATA_HELP = ("a text file, a folder of text files, or a .jsonl of prompts and completions, of chat "
+             "messages, or of texts")
 
 
 class Command(NamedTuple):
@@ -38,6 +41,17 @@ def positive(text: str) -> float:
         value = 0.0
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def below_one(text: str) -> float:
+    """Parse a number of 0 or more and less than 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more and less than 1")
     return value
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from minilora.data.bpe import BPETokenizer
 from minilora.nn.functional import IGNORE_INDEX, cross_entropy
 from minilora.nn.module import Module
 from minilora.nn.validate import Rng, check_sizes, make_rng
@@ -96,6 +97,35 @@ def example(prompt: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, np.ndar
         raise ValueError("a prompt and an answer must have at least one token each")
     targets = np.concatenate([np.full(len(prompt) - 1, IGNORE_INDEX), answer])
     return np.concatenate([prompt, answer])[:-1], targets
+
+
+def conversation_example(
+    tokenizer: BPETokenizer, messages: Sequence[Mapping[str, str]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (ids, targets), both (T,), of a conversation, in which all answers are targets.
+
+    Parameters
+    ----------
+    tokenizer
+        Its chat template is used, with the usual system message if there is none.
+    messages
+        As for `BPETokenizer.chat`. The last answer ends the example.
+    """
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    ids, is_target = np.zeros(0, np.int64), np.zeros(0, bool)
+    for i in answers:
+        prompt, answer = tokenizer.chat(messages[:i]), tokenizer.answer(messages[i]["content"])
+        is_target = np.append(is_target, np.zeros(len(prompt) - len(ids), bool))
+        is_target = np.append(is_target, np.ones(len(answer), bool))
+        ids = np.append(prompt, answer)
+    return ids[:-1], np.where(is_target, ids, IGNORE_INDEX)[1:]
+
+
+def padded_batches(
+    examples: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int
+) -> list[Batch]:
+    """Return all examples in order, in batches, for evaluation."""
+    return [pad(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
 
 
 def shuffled_batches(

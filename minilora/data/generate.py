@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
+from minilora.data.bpe import END, BPETokenizer
 from minilora.data.cache import Cache, Unpacked, can_cache, whole_logits, worth_unpacking
 from minilora.nn.gpt import GPT
 from minilora.nn.llama import Llama
@@ -14,6 +15,7 @@ from minilora.nn.validate import Rng, check_flag, make_rng, token_ids
 from minilora.train.mode import evaluating
 
 Stop = int | Collection[int] | None
+TOGETHER = 16  # prompts that are answered together
 FEW = 2  # tokens, for which computing quantised weights once would take longer than it saves
 
 
@@ -124,6 +126,21 @@ def generate_batch(
             texts[row].append(int(token))
     ends = _stop_ids(model, stop)
     return [np.array(text[:-1] if text and text[-1] in ends else text, np.int64) for text in texts]
+
+
+def answer_prompts(
+    model: Llama, tokenizer: BPETokenizer, prompts: Sequence[np.ndarray], max_new_tokens: int,
+) -> list[str]:
+    """Return what a model answers to prompts (T,), by the likeliest tokens, as far as they go.
+
+    Each prompt ends where an answer begins, as `BPETokenizer.chat` returns it.
+    """
+    texts = []
+    for i in range(0, len(prompts), TOGETHER):
+        new = generate_batch(model, prompts[i : i + TOGETHER], max_new_tokens,
+                             stop=tokenizer.special[END])
+        texts += [tokenizer.decode(ids, skip_special=True).strip() for ids in new]
+    return texts
 
 
 def _write(

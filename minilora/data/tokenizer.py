@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +12,11 @@ import numpy as np
 from minilora.data.bpe import BPETokenizer
 from minilora.files.gguf import is_gguf, read_gguf
 from minilora.files.gguf_llama import find_smollm2
+from minilora.nn.gpt import GPT
+from minilora.nn.llama import Llama
 from minilora.nn.validate import token_ids
+
+TOLERABLE_SHARE = 0.02  # of characters that a model does not have
 
 
 class CharTokenizer:
@@ -90,6 +96,25 @@ def plain(text: str) -> str:
     return "".join(c for c in text.translate(_PLAIN) if c in _KNOWN)
 
 
+def plain_with_warning(text: str) -> str:
+    """Return `plain(text)`, with a warning that says which characters it lacks, if there are any.
+
+    With more than 2% of them, it recommends a model that has them all.
+    """
+    lost = Counter(c for c in text.translate(_PLAIN) if c not in _KNOWN)
+    if not lost:
+        return plain(text)
+    share = lost.total() / len(text)
+    most = ", ".join(f"{c!r} {n:,}" for c, n in lost.most_common(5))
+    advice = ("; the language model smollm2 has tokens for all of them"
+              if share > TOLERABLE_SHARE else "")
+    more = ", ..." if len(lost) > 5 else ""
+    warnings.warn(f"{lost.total():,} of {len(text):,} characters ({share:.2%}) are not among the "
+                  f"{CharTokenizer.vocab_size} of this model, and are left out: {most}{more}"
+                  f"{advice}", stacklevel=2)
+    return plain(text)
+
+
 def load_tokenizer(name: str | Path = "base") -> CharTokenizer | BPETokenizer:
     """Load the tokenizer of a base that `load_base` knows, or of a folder of transformers.
 
@@ -112,3 +137,9 @@ def load_tokenizer(name: str | Path = "base") -> CharTokenizer | BPETokenizer:
     if path.is_file() and is_gguf(path):
         return BPETokenizer.from_gguf(read_gguf(path, any_kind=True)[0])
     return BPETokenizer.from_json(path / "tokenizer.json" if path.is_dir() else path)
+
+
+def tokenizer_of(model: GPT | Llama, name: str) -> CharTokenizer | BPETokenizer:
+    """Load the tokenizer of a GPT or Llama that was loaded by a name; see `load_tokenizer`."""
+    known = model.config.vocab_size == CharTokenizer.vocab_size
+    return CharTokenizer() if known else load_tokenizer(name)

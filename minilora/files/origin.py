@@ -115,12 +115,12 @@ def origin(settings: dict[str, Any]) -> Origin:
     return Origin(name, mark, loss)
 
 
-def to_load(made: Origin, path: str | Path) -> str:
-    """Return what `load_model` loads the base of an adapter by: "base" if nothing is known of it.
+def to_load(made: Origin, path: str | Path, default: str = "base") -> str:
+    """Return what `load_model` loads the base of an adapter by; `default` if nothing is known.
 
     Raises ValueError if the base is known, but is neither shipped nor a path that there is.
     """
     if made.base is None or made.base in shipped().values() or Path(made.base).exists():
-        return made.base or "base"
+        return made.base or default
     raise ValueError(f"{path} was made for {made.base}, which is not here: add --base with the "
                      "path of that model")

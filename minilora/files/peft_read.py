@@ -298,6 +298,16 @@ def describe_adapter(path: str | Path) -> str:
     return "\n".join(map(printable, lines))
 
 
+def adapter_row(path: Path) -> list[str]:
+    """Return base, ranks, targets, bytes on disk and held-out loss of an adapter, for a table."""
+    config, adapter = read_adapter(path)
+    made, targets = origin(config), {name.rpartition(".")[2] for name in adapter.layers}
+    size = sum(file.stat().st_size for file in (path / CONFIG_FILE, path / WEIGHTS_FILE))
+    return [made.base or "", _listed(f.rank for f in adapter.layers.values()),
+            ", ".join(sorted(targets)), f"{size:,}",
+            "" if made.held_out_loss is None else f"{made.held_out_loss:.4f}"]
+
+
 def _listed(values: Iterable[float]) -> str:
     """Return the distinct numbers in ascending order, with commas between them."""
     return ", ".join(f"{value:g}" for value in sorted(set(values)))

@@ -205,7 +205,8 @@ def run_method(
     if history.interrupted:  # half a run is not a result and must not replace an adapter
         raise KeyboardInterrupt
     docs_after = evaluate(model, data.docs_held_out, settings.threads)
-    stored, docs_removed = _store(model, rank, seed, folder), None
+    code_after = history.validation_losses[-1]
+    stored, docs_removed = _store(model, rank, seed, folder, code_after), None
     if rank is not None:
         docs_removed = evaluate(remove_lora(model), data.docs_held_out, settings.threads)
     return Run(
@@ -213,19 +214,19 @@ def run_method(
         trainable=trainable, total=total,
         training_bytes=sum(history.bytes.values()), file_bytes=stored,
         ms_per_step=1e3 * statistics.median(np.diff([0.0, *history.seconds]).tolist()),
-        code_before=history.validation_losses[0], code_after=history.validation_losses[-1],
+        code_before=history.validation_losses[0], code_after=code_after,
         docs_after=docs_after, docs_removed=docs_removed, history=history,
     )
 
 
-def _store(model: GPT, rank: int | None, seed: int, folder: Path) -> int:
+def _store(model: GPT, rank: int | None, seed: int, folder: Path, loss: float) -> int:
     """Write the adapter, or a whole model for its size only, and return the bytes."""
     if rank is None:
         with tempfile.TemporaryDirectory() as temporary:
             save_checkpoint(model, Path(temporary) / "model.safetensors")
             return file_bytes(Path(temporary))
     adapter = folder / ADAPTER.format(rank=rank, seed=seed)
-    save_adapter(model, adapter)
+    save_adapter(model, adapter, held_out_loss=loss)
     return file_bytes(adapter)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from minilora.files.safetensors import write_atomically
 from minilora.lab import style
+from minilora.train.history import History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -204,6 +205,14 @@ def lines(
     if len(curves) > 1:
         ax.legend(frameon=False)
     return figure
+
+
+def loss_curve(history: History, unit: str) -> Figure:
+    """The losses of a run in training and on held-out data, in `unit`."""
+    curves = {"training": (history.steps, history.losses)}
+    if history.validation_steps:
+        curves["held out"] = (history.validation_steps, history.validation_losses)
+    return lines(curves, "step", f"loss ({unit})")
 
 
 def matrices(arrays: dict[str, np.ndarray], shared_scale: bool = True) -> Figure:

@@ -14,13 +14,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from minilora.data.answers import answer_loss, example, pad, shuffled_batches
+from minilora.data.answers import (
+    answer_loss,
+    example,
+    pad,
+    padded_batches,
+    shuffled_batches,
+)
 from minilora.data.bpe import BPETokenizer
-from minilora.data.generate import generate_batch
+from minilora.data.generate import TOGETHER, answer_prompts
 from minilora.files.peft_write import save_adapter
 from minilora.files.safetensors import check_writable, write_atomically
 from minilora.files.together import results
@@ -33,17 +39,14 @@ from minilora.train.history import History
 from minilora.train.loop import fit
 from minilora.train.mode import evaluating
 from minilora.train.optim import AdamW
-from minilora.train.parallel import Batch, threads_that_pay
+from minilora.train.parallel import threads_that_pay
 from minilora.train.schedule import cosine_schedule
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Example = tuple[np.ndarray, np.ndarray]
 ANSWER = 48  # tokens that an answer may have
 RESULT, CURVE = "teach.json", "loss.png"
+UNIT = "nats per token of the answers"
 SHOWN = 3  # held-out prompts of each kind that the command prints
-TOGETHER = 16  # prompts, or examples, that are run together
 
 
 @dataclass(frozen=True)
@@ -179,19 +182,14 @@ def teach(
     history = fit(
         model, shuffled_batches(training, lesson.batch_size, lesson.seed),
         AdamW(trained, lr, weight_decay=0.0), steps, schedule, clip_norm=1.0,
-        validation=batches(held_out), validate_every=validate_every, threads=threads,
-        progress=progress, loss=functools.partial(answer_loss, first=first),
+        validation=padded_batches(held_out, TOGETHER), validate_every=validate_every,
+        threads=threads, progress=progress, loss=functools.partial(answer_loss, first=first),
     )
     if history.interrupted:
         raise KeyboardInterrupt
     given = {name: answers(model, tokenizer, [prompt for prompt, _ in pairs])
              for name, pairs in task.held_out.items()}
     return Outcome(history, given, sum(p.size for p in trained), time.perf_counter() - start)
-
-
-def batches(given: Sequence[Example]) -> list[Batch]:
-    """Return examples in batches, for evaluation."""
-    return [pad(given[i : i + TOGETHER]) for i in range(0, len(given), TOGETHER)]
 
 
 def answers(
@@ -215,12 +213,7 @@ def answers(
                for role, text in zip(("user", "assistant"), pair, strict=True)]
     ids = [tokenizer.chat([*earlier, {"role": "user", "content": prompt}], system=instruction)
            for prompt in prompts]
-    stop = tokenizer.special["<|im_end|>"]
-    out: list[str] = []
-    for i in range(0, len(ids), TOGETHER):
-        new = generate_batch(model, ids[i : i + TOGETHER], max_new_tokens, stop=stop)
-        out += [tokenizer.decode(row, skip_special=True).strip() for row in new]
-    return out
+    return answer_prompts(model, tokenizer, ids, max_new_tokens)
 
 
 def exact(given: Sequence[str], pairs: Sequence[Pair]) -> int:
@@ -277,9 +270,9 @@ def demonstrate(
     outcome = teach(model, tokenizer, task, lesson, threads, progress)
     record = row(name, lesson, outcome, task)
     with results(Path(out), RESULT) as folder:
-        save_adapter(model, folder / "adapter")
+        save_adapter(model, folder / "adapter", held_out_loss=outcome.history.validation_losses[-1])
         size = sum(path.stat().st_size for path in (folder / "adapter").iterdir())
-        plots.save(loss_curve(outcome.history), folder / CURVE)
+        plots.save(plots.loss_curve(outcome.history, UNIT), folder / CURVE)
         write_atomically(folder / RESULT, json.dumps({"rows": [record]}, indent=1).encode())
     after = [given for kind in outcome.answers.values() for given in kind[:SHOWN]]
     remove_lora(model)
@@ -316,11 +309,3 @@ def study(
         if rows:
             print(f"\n{table(rows)}")
             write_atomically(Path(out) / RESULT, json.dumps({"rows": rows}, indent=1).encode())
-
-
-def loss_curve(history: History) -> Figure:
-    """Return a figure of the losses in training and on the held-out pairs."""
-    return plots.lines(
-        {"training": (history.steps, history.losses),
-         "held out": (history.validation_steps, history.validation_losses)},
-        "step", "loss (nats per token of the answers)")

@@ -5,30 +5,15 @@ import json
 
 import numpy as np
 import pytest
+from helpers_llama import SPECIAL, TOKENIZER, tiny_llama
 
 import minilora as ml
 from minilora.cli import main
 from minilora.data.answers import answer_loss, example, pad, shuffled_batches
-from minilora.data.bpe import BPETokenizer
-from minilora.files.vocabulary import GPT2, Vocabulary
 from minilora.lab import tasks, teach
 
-BYTES = [bytes([i]) for i in range(256)]
-SPECIAL = {"<|im_start|>": 256, "<|im_end|>": 257}
-TOKENS = [*BYTES, *(text.encode() for text in SPECIAL)]
-TOKENIZER = BPETokenizer(Vocabulary(TOKENS, {t: i for i, t in enumerate(BYTES)}, {}, [SPECIAL],
-                                    SPECIAL, [GPT2], 257))
 TWO = [("ab", "x"), ("cdcd", "y")]
 SHORT = tasks.Task(TWO * 4, {"same": TWO}, "Say it.")
-
-
-def tiny(context=128):
-    config = ml.LlamaConfig(vocab_size=258, d_model=32, d_ff=64, n_layers=3, n_heads=4,
-                            n_kv_heads=2, context_length=context, tie_weights=True)
-    model = ml.Llama(config, rng=0)
-    for _, p in model.named_parameters():
-        p.data[...] *= 1.0 if p.data.ndim == 1 else 4.0
-    return model
 
 
 # ---- Tasks
@@ -79,11 +64,11 @@ def test_only_the_answer_has_targets():
 @pytest.mark.parametrize("ids, targets", [((2, 7), (2, 5)), ((2, 5), (2, 7)), ((2, 7), (7,))])
 def test_answers_of_other_shapes_are_not_taken_for_those_of_the_ids(ids, targets):
     with pytest.raises(ValueError, match="inputs and targets must both be"):
-        answer_loss(tiny(), np.ones(ids, int), np.ones(targets, int))
+        answer_loss(tiny_llama(), np.ones(ids, int), np.ones(targets, int))
 
 
 def test_the_loss_of_answers_is_that_of_all_logits_at_the_same_places():
-    model, rng = tiny(), np.random.default_rng(0)
+    model, rng = tiny_llama(), np.random.default_rng(0)
     ids = rng.integers(0, 258, (3, 9))
     targets = np.where(rng.random((3, 9)) < 0.4, rng.integers(0, 258, (3, 9)), -100)
     targets[:, -2:], targets[0, 0] = -100, 5
@@ -101,7 +86,7 @@ def test_the_loss_of_answers_is_that_of_all_logits_at_the_same_places():
 
 def test_a_batch_is_its_rows_alone():
     """The loss and gradient of a padded batch are the mean over the answers of its rows."""
-    model = tiny().astype(np.float64)
+    model = tiny_llama().astype(np.float64)
     rows = [example(np.arange(1, n), np.array([n, n + 1])) for n in (3, 6, 10)]
     loss, dlogits = answer_loss(model, *pad(rows))
     model.backward(dlogits)
@@ -119,7 +104,7 @@ def test_a_batch_is_its_rows_alone():
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_answers_of_different_lengths(threads):
-    model = tiny()
+    model = tiny_llama()
     rows = [example(np.arange(1, n), np.arange(n // 3 + 1)) for n in (3, 6, 10, 4)]
     optimizer = ml.SGD(model.parameters(), lr=0.0)
     history = ml.fit(model, [pad(rows)], optimizer, 1, progress=False, loss=answer_loss,
@@ -145,9 +130,9 @@ def test_shuffled_batches_use_all_before_any_again():
 @pytest.mark.parametrize("upper", [1, 2, 0])
 def test_training_from_states_is_training_from_ids(upper):
     lesson = teach.Lesson(rank=2, alpha=4.0, upper=upper, steps=5, batch_size=4)
-    model = tiny()
+    model = tiny_llama()
     outcome = teach.teach(model, TOKENIZER, SHORT, lesson, threads=1, progress=False)
-    other = tiny()
+    other = tiny_llama()
     first = teach.adapt(other, lesson)
     assert first == (3 - upper if upper else 0)
     adapted = {name.split(".")[2] for name, _ in other.named_parameters() if ".lora." in name}
@@ -165,7 +150,7 @@ def test_training_from_states_is_training_from_ids(upper):
 
 @pytest.mark.parametrize("kind", ["nf4", "q4_1", "int8", None])
 def test_a_task_is_learned_on_four_bits(kind):
-    model = tiny() if kind is None else ml.quantize(tiny(), kind)
+    model = tiny_llama() if kind is None else ml.quantize(tiny_llama(), kind)
     lesson = teach.Lesson(upper=0, steps=120, learning_rate=2e-2)
     outcome = teach.teach(model, TOKENIZER, SHORT, lesson, progress=False)
     assert teach.exact(outcome.answers["same"], SHORT.held_out["same"]) == 2
@@ -184,7 +169,7 @@ def test_a_lesson_needs_a_language_model_and_that_many_blocks():
     with pytest.raises(TypeError, match="needs a language model, such as smollm2, not a GPT"):
         teach.teach(ml.load_base("small"), TOKENIZER, SHORT, teach.Lesson())
     with pytest.raises(ValueError, match="3 blocks: it has no upper 4"):
-        teach.adapt(tiny(), teach.Lesson(upper=4))
+        teach.adapt(tiny_llama(), teach.Lesson(upper=4))
 
 
 def test_ctrl_c_ends_a_lesson(monkeypatch):
@@ -193,7 +178,7 @@ def test_ctrl_c_ends_a_lesson(monkeypatch):
 
     monkeypatch.setattr(teach, "answer_loss", functools.partial(interrupted))
     with pytest.raises(KeyboardInterrupt):
-        teach.teach(tiny(), TOKENIZER, SHORT, teach.Lesson(upper=1), progress=False)
+        teach.teach(tiny_llama(), TOKENIZER, SHORT, teach.Lesson(upper=1), progress=False)
 
 
 # ---- The command
@@ -202,7 +187,7 @@ def test_ctrl_c_ends_a_lesson(monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     """A Llama as transformers would save it, with a tokenizer."""
-    ml.to_hf_llama(tiny(512), tmp_path / "base")
+    ml.to_hf_llama(tiny_llama(512), tmp_path / "base")
     letters = {i: chr(i) if 33 <= i < 127 or 161 <= i < 173 or 174 <= i else "" for i in range(256)}
     others = iter(range(256, 400))
     vocab = {letters[i] or chr(next(others)): i for i in range(256)} | SPECIAL

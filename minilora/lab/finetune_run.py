@@ -1,0 +1,244 @@
+"""A run of `minilora finetune`: its folder, and how it goes on after it was ended early.
+
+While it runs, the folder has a sub-folder with the whole state, from which a later call goes on in
+the same bits. The result is written at the end, and then the sub-folder is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from minilora.data.datasets import VALIDATION, Dataset, load_data
+from minilora.data.encoded import Text
+from minilora.data.tokenizer import tokenizer_of
+from minilora.files.bases import load_model, save_model
+from minilora.files.peft_write import save_adapter
+from minilora.files.safetensors import check_writable, write_atomically
+from minilora.files.training_state import load_state, read_about, save_state
+from minilora.lab import plots
+from minilora.lab.finetune import KINDS, Job, Settings, prepare
+from minilora.lora.qlora import dequantize
+from minilora.train.history import History
+
+CHECKPOINT, STATE = "checkpoint", "state.safetensors"
+RESULT, CURVE, SETTINGS = "finetune.json", "loss.png", "settings.json"
+MODEL = "model"  # a whole one, of full fine-tuning
+SAVE_EVERY = 50
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done.
+
+    Attributes
+    ----------
+    data, val : str
+        Paths of the training and the validation data; no `val`: a part of the data.
+    base : str or None
+        What `load_model` loads; None: smollm2 for conversations, base for texts.
+    save_every : int
+        Steps between two saves of the whole state; 0: only if Ctrl-C ends the run.
+    settings : Settings
+    """
+
+    data: str
+    val: str | None = None
+    base: str | None = None
+    save_every: int = SAVE_EVERY
+    settings: Settings = Settings()
+
+    def flat(self) -> dict[str, Any]:
+        """Return everything as one dict of plain values, as `from_flat` takes it."""
+        values = asdict(self)
+        return values | values.pop("settings") | {
+            "target_modules": self.settings.target_modules and [*self.settings.target_modules]}
+
+    @classmethod
+    def from_flat(cls, values: dict[str, Any]) -> Plan:
+        """Make a plan of options by name."""
+        own = {name: value for name, value in values.items() if name in ("data", "val", "base",
+                                                                         "save_every")}
+        return cls(**own, settings=Settings(**{
+            name: value for name, value in values.items() if name not in own}))
+
+
+@dataclass
+class Outcome:
+    """What a run has come to.
+
+    Attributes
+    ----------
+    saved : bool
+        Whether an interrupted run can go on from its last step.
+    before, after : list of (prompt, text)
+        Held-out prompts, and how the model continued them.
+    files : list of str
+        The result, in the folder; empty if the run was interrupted.
+    """
+
+    job: Job
+    plan: Plan
+    history: History
+    before: list[tuple[str, str]]
+    after: list[tuple[str, str]]
+    files: list[str]
+    saved: bool
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """Return the file with the state of the run in a folder. Raises ValueError if there is none."""
+    state = folder / CHECKPOINT / STATE
+    if not state.exists():
+        why = "its run is complete" if (folder / RESULT).exists() else f"it has no {CHECKPOINT}"
+        raise ValueError(f"there is nothing to resume in {folder}: {why}")
+    return state
+
+
+def planned(folder: Path) -> Plan:
+    """Return the plan of the run in a folder, to be resumed."""
+    return Plan.from_flat(read_about(checkpoint_of(folder))["plan"])
+
+
+def check_new(folder: Path, overwrite: bool) -> None:
+    """Raise an error unless a new run may be written to a folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder to write")
+    if folder.is_dir() and not overwrite and any(folder.iterdir()):
+        on = f", or --resume {folder} to go on" if (folder / CHECKPOINT / STATE).exists() else ""
+        raise ValueError(f"{folder} has something in it already: add --overwrite to replace "
+                         f"it{on}")
+
+
+def usual_base(data: Dataset) -> str:
+    """Return the base for a kind of data, if none is given."""
+    return "base" if isinstance(data[0], str) else "smollm2"
+
+
+def build(plan: Plan) -> tuple[Job, Plan]:
+    """Load data and base, and return the job, and the plan with nothing left open."""
+    path = Path(plan.data)
+    data, val = load_data(path), plan.val
+    if val is None and (path / VALIDATION).exists():
+        val = str(path / VALIDATION)
+    base = plan.base or usual_base(data)
+    model = load_model(base)
+    if plan.settings.full:
+        dequantize(model)
+    validation = None if val is None else load_data(val)
+    job = prepare(model, data, validation, tokenizer_of(model, base), plan.settings)
+    return job, replace(plan, base=base, val=val, settings=job.settings)
+
+
+def run(plan: Plan, folder: Path, resume: bool = False, progress: bool = True) -> Outcome:
+    """Fine-tune by a plan, or go on with it, and write the result to a folder.
+
+    Ctrl-C ends it after the step that is being done, and saves its state; a second one ends it at
+    once, and the state is that of the last save.
+    """
+    job, plan = build(plan)
+    state, optimizer = folder / CHECKPOINT / STATE, job.optimizer()
+    about = {"plan": plan.flat(), "data": digest(job)}
+    history, saved = History(), True
+    if resume:
+        old = read_about(state)
+        if old["data"] != about["data"]:
+            raise ValueError(f"{plan.data} has changed since the run began, so it cannot go on")
+        history, about = load_state(state, job.model, optimizer), old
+    else:
+        for name in (RESULT, CURVE, SETTINGS):  # what cannot be written is found now
+            check_writable(folder / name)
+        about["before"] = job.samples()
+
+    def save(record: History) -> None:
+        save_state(state, job.model, optimizer, record, about)
+        if not plan.settings.full:
+            save_adapter(job.model, state.parent, plan.base)
+
+    def after_step(record: History) -> None:
+        nonlocal saved
+        done, stop = len(record.steps), interrupted()
+        saved = stop or done == job.settings.steps or bool(
+            plan.save_every) and done % plan.save_every == 0
+        if saved:
+            save(record)
+        if stop:
+            raise KeyboardInterrupt
+
+    with deferred_interrupt() as interrupted:
+        if not resume:
+            save(history)
+        history = job.train(progress, optimizer, history, after_step)
+    before = [tuple(pair) for pair in about["before"]]
+    if history.interrupted:
+        return Outcome(job, plan, history, before, [], [], saved)
+    after = job.samples()
+    files = _write(folder, job, plan, history, before, after)
+    return Outcome(job, plan, history, before, after, files, True)
+
+
+def digest(job: Job) -> str:
+    """Return a text that differs for any other data."""
+    found = hashlib.sha256()
+    for part in (job.training, job.held_out):
+        arrays = [part.ids] if isinstance(part, Text) else [a for row in part.rows for a in row]
+        for array in arrays if part else []:
+            found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def _write(
+    folder: Path, job: Job, plan: Plan, history: History, before: Any, after: Any
+) -> list[str]:
+    """Write the result, remove the state, and return the names of the files."""
+    losses = history.validation_losses
+    if plan.settings.full:
+        written = [save_model(job.model, folder / MODEL).name]
+    else:
+        save_adapter(job.model, folder, plan.base, losses[-1] if losses else None)
+        written = ["adapter_config.json", "adapter_model.safetensors"]
+    plots.save(plots.loss_curve(history, KINDS[job.kind].unit), folder / CURVE)
+    write_atomically(folder / SETTINGS, json.dumps(plan.flat(), indent=1).encode())
+    record = {"history": asdict(history), "samples": [
+        {"prompt": prompt, "before": old, "after": new}
+        for (prompt, old), (_, new) in zip(before, after, strict=True)]}
+    write_atomically(folder / RESULT, json.dumps(record, indent=1).encode())
+    (folder / CHECKPOINT / STATE).unlink()
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    return [*written, CURVE, SETTINGS, RESULT]
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether Ctrl-C was pressed. The second time, it interrupts.
+
+    A step that is interrupted in the middle leaves some parameters updated and some not, from
+    which no run could go on in the same bits.
+    """
+    pressed = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        with contextlib.suppress(OSError):  # print is not for signal handlers
+            os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
+
+    try:
+        old = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not in the main thread, which alone gets signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, old)
