@@ -48,11 +48,14 @@ def main(argv: list[str] | None = None) -> int:
 
     Bad input prints one sentence to stderr and returns 2. Ctrl-C returns 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):  # a notebook's streams have none
+            reconfigure(errors="backslashreplace")  # a terminal may lack characters, such as ᵀ
     args = build_parser().parse_args(argv)
     try:
         with notes(args.command):
             status = args.run(args) or 0
-        sys.stdout.flush()  # here, where a reader that has gone is not an error
+        print(end="", flush=True)  # here, where a reader that has gone is not an error
         return status
     except BrokenPipeError:  # the reader has stopped, as in `minilora generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

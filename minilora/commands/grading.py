@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from minilora.commands.options import Command, Parser, positive
 from minilora.exercises import grade
@@ -21,9 +20,7 @@ def check_options(parser: Parser) -> None:
 def check_command(args: argparse.Namespace) -> int:
     """Grade a file or a folder of submissions; return 0 if every file is complete, else 1."""
     rows = grade.grade(args.path, args.seconds)
-    text = json.dumps(rows, indent=2) if args.json else grade.report(rows)
-    encoding = sys.stdout.encoding or "utf-8"  # a message may have what the terminal has not
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    print(json.dumps(rows, indent=2) if args.json else grade.report(rows))
     return 0 if all(map(grade.is_complete, rows)) else 1
 
 

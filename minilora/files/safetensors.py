@@ -220,7 +220,7 @@ def load_with_metadata(path: str | Path) -> tuple[dict[str, np.ndarray], dict[st
     """Read the arrays, as `load_safetensors` does, and the metadata of the same file."""
     with open_regular(path) as file:
         entries, metadata, size = _read_header(file, path)
-        if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()) and (  # not on Windows
+        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names and (  # not on Windows
                 size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
             raise CheckpointError(f"{path}: {size:,} bytes do not fit in memory")
         data = bytearray(size)

@@ -7,6 +7,7 @@ ratio is the median of the ratios of each turn. Memory is that of a process whic
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import statistics
@@ -158,8 +159,8 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def _memory_table(peers: bool, base: str, tokens: int) -> list[str]:
-    """Return the lines of the table of memory, none on Windows, which has no `resource`."""
-    if sys.platform == "win32":
+    """Return the lines of the table of memory, none where Python has no `resource` (Windows)."""
+    if importlib.util.find_spec("resource") is None:
         return []
     kinds = [FOUR_BIT, RECOMPUTE, FLOAT32, *([PYTORCH] if peers else [])]
     found = {kind: measure_alone(kind, base, tokens) for kind in kinds}

@@ -67,6 +67,12 @@ def test_the_tables_have_a_row_for_everything(tiny):
     assert all(float(row[1]) >= 0 for row in rows)  # seconds to load
 
 
+def test_no_memory_is_measured_where_python_cannot(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    text = bench_llm.report(seconds=0.01, base=tiny, tokens=(64,))
+    assert "4-bit" in text and "to load" not in text
+
+
 @pytest.mark.peers
 @pytest.mark.filterwarnings("default")
 @pytest.mark.skipif(not PEERS, reason="the extra 'peers' is not installed")
