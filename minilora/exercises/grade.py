@@ -14,7 +14,8 @@ Defended against:
 - What a submission replaces in Python's builtins, in NumPy, in minilora or in the checks is put
   back before its answer is judged, and after each call of it.
 - The processes that a submission starts end with it, whatever they ignore and wherever they hide;
-  and with the grader, if that is killed. Outside Linux, only those in its process group do.
+  and with the grader, if that is killed. Outside Linux, only those in its process group do, and on
+  Windows, which has no such groups, none.
 - The reference, or another function or class of minilora, given as the answer is not right, in
   whatever `functools` or a class wraps it: the code must be the file's own.
 
@@ -23,7 +24,7 @@ Not defended against:
 - An answer that calls or copies minilora's code in a function of its own.
 - Code that looks for the key or the checks in the memory of its own process.
 - Code that uses what the user may use: files, the network, processors and disks without end, and
-  other processes, such as the one that supervises it.
+  other processes, such as the one that supervises it; outside Linux, memory without end, too.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -150,8 +152,10 @@ def _run(name: str, data: bytes, seconds: float) -> tuple[list[Any], str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "minilora.exercises.submission"], cwd=folder,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        # On Windows, a console of its own: a submission can send Ctrl-C to all in its console.
+        start_new_session=True, creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+                          "PYTHONIOENCODING": "utf-8:backslashreplace",  # notebooks print any text
                           "OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "agg"},
     )
     assert process.stdin and process.stdout
@@ -162,7 +166,9 @@ def _run(name: str, data: bytes, seconds: float) -> tuple[list[Any], str]:
         with contextlib.suppress(OSError):
             pickle.dump((key, name, data), process.stdin)
             process.stdin.flush()
-        reader.join(seconds)
+        end = time.monotonic() + seconds
+        while reader.is_alive() and time.monotonic() < end:
+            reader.join(0.1)  # in short pieces, since on Windows Ctrl-C does not interrupt one
         late = reader.is_alive()
     finally:
         _end(process)
