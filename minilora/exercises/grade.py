@@ -1,4 +1,4 @@
-"""Grade submitted files: `minilora check FILE` or a folder of them.
+"""Grade submitted files: `minilora check`, with files and folders of them.
 
 Each file runs in its own process (`submission.py`), which tells this one the result of each check
 over a pipe. The rows are written here. This is not a sandbox: run untrusted code only where it can
@@ -30,7 +30,9 @@ Not defended against:
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -42,6 +44,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,15 +75,21 @@ CHECKS = {name: getattr(module, name) for module in MODULES for name in module.D
 MAX_FILE_SIZE = 2_000_000  # bytes
 MAX_TEXT = 10_000  # characters of a message
 MAX_LINE = 13 * MAX_TEXT  # bytes of a line on the pipe: JSON has up to 12 for a character
+# A spreadsheet computes a cell that starts like this, in wide letters, too. Where a semicolon
+# separates cells, each part is a cell.
+FORMULA = re.compile(r'(^|;)(?=[\s"]*[=+\-@＝＋－＠])')
 
 
-def grade(path: str | Path, seconds: float = 30.0) -> list[dict[str, Any]]:
-    """Grade a file, or every .py and .ipynb file below a folder.
+def grade(
+    paths: str | Path | Iterable[str | Path], seconds: float = 30.0
+) -> list[dict[str, Any]]:
+    """Grade files, and every .py and .ipynb file below folders.
 
     Parameters
     ----------
-    path
-        The file or folder.
+    paths
+        A file or folder, or several. A file that is reached twice is graded once; a link to it
+        is a file of its own.
     seconds
         Time limit for one file.
 
@@ -96,9 +105,18 @@ def grade(path: str | Path, seconds: float = 30.0) -> list[dict[str, Any]]:
     FileNotFoundError
         If there is no such file or folder.
     ValueError
-        If the file is neither .py nor .ipynb, or the folder contains no such file.
+        If a file is neither .py nor .ipynb, or a folder contains no such file.
     """
-    path = Path(path)
+    files: dict[str, Path] = {}
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        for file in _files(Path(path)):
+            files.setdefault(os.path.normcase(os.path.abspath(file)), file)
+    contents = [_read(file) for file in files.values()]  # before any code can change one
+    return [_grade_file(*item, seconds) for item in zip(files.values(), contents, strict=True)]
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the files that a path given by the user stands for."""
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     if not path.is_dir() and path.suffix not in (".py", ".ipynb"):
@@ -109,8 +127,7 @@ def grade(path: str | Path, seconds: float = 30.0) -> list[dict[str, Any]]:
     )
     if not files:
         raise ValueError(f"there is no .py or .ipynb file in {path}")
-    contents = [_read(file) for file in files]  # all of them, before any code can change one
-    return [_grade_file(*item, seconds) for item in zip(files, contents, strict=True)]
+    return files
 
 
 def is_complete(row: dict[str, Any]) -> bool:
@@ -270,15 +287,35 @@ def report(rows: list[dict[str, Any]]) -> str:
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     """Return the lines of a table, one for each file."""
     cells = [("file", "exercise", "passed", "first thing to look at")]
-    for row in rows:
-        first = next((item["message"] for item in row["checks"] if not item["passed"]), "")
-        lines = (row["error"] or first).split("\n")
-        shown = lines[1] if len(lines) > 1 and lines[0].endswith("not yet.") else lines[0]
-        cells.append((row["file"], str(row["exercise"] or "?"),
-                      f"{row['passed']} of {row['total']}", shown[:90]))
+    cells += [(row["file"], str(row["exercise"] or "?"), f"{row['passed']} of {row['total']}",
+               _first_message(row)[:90]) for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(3)]
     return ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]).rstrip()
             for line in cells]
+
+
+def _first_message(row: dict[str, Any]) -> str:
+    """Return the line that says what to look at first; "" if the file is complete."""
+    first = next((item["message"] for item in row["checks"] if not item["passed"]), "")
+    lines = (row["error"] or first).split("\n")
+    return lines[1] if len(lines) > 1 and lines[0].endswith("not yet.") else lines[0]
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as CSV for a spreadsheet, a line for each file below a line of names.
+
+    Names and messages come from learners. What a spreadsheet would take for a formula gets an
+    apostrophe before it, what `report` escapes is escaped, and long messages are cut.
+    """
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["file", "exercise", "passed", "total", "complete", "message"])
+    for row in rows:
+        file, message = (FORMULA.sub(r"\1'", printable(text)) for text in
+                         (row["file"], _first_message(row)[:500]))
+        writer.writerow([file, row["exercise"], row["passed"], row["total"],
+                         int(is_complete(row)), message])
+    return table.getvalue().removesuffix("\n")
 
 
 def _full(row: dict[str, Any]) -> list[str]:

@@ -1,13 +1,16 @@
 """Grading right, wrong and hostile files."""
 
+import csv
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 from minilora.cli import main
-from minilora.exercises.grade import EXERCISES, exercise_numbers, grade, report
+from minilora.exercises import grade as grader
+from minilora.exercises.grade import EXERCISES, as_csv, exercise_numbers, grade, report
 
 FOLDER = Path(__file__).parents[2] / "notebooks" / "exercises"
 GOOD = "def lora_backward(dout, x, A, B, s):\n" \
@@ -93,6 +96,65 @@ def test_files_that_are_no_submission(tmp_path):
         grade(Path(__file__).parents[2] / "README.md")
 
 
+@pytest.fixture
+def not_run(monkeypatch):
+    """Yield a list of (name, contents) of the files that would be run."""
+    ran = []
+    monkeypatch.setattr(grader, "_run", lambda *file: (ran.append(file[:2]) or [], "not run"))
+    return ran
+
+
+def test_a_file_that_is_reached_twice_is_graded_once(tmp_path, monkeypatch, not_run):
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    for name in ("b.py", "a.py", "inner/c.py"):
+        (folder / name).write_text(name)
+    monkeypatch.chdir(folder)
+    again = ["b.py", str(folder / "b.py"), f"..{os.sep}folder", "b.py", "inner"]
+    rows = grade([*again, folder, Path("inner") / ".." / "a.py"])
+    assert [row["file"] for row in rows] == [
+        "b.py", str(Path("..") / "folder" / "a.py"), str(Path("..") / "folder" / "inner" / "c.py")]
+    assert not_run == [("b.py", b"b.py"), ("a.py", b"a.py"), ("c.py", b"inner/c.py")]
+    assert grade("b.py")[0]["file"] == grade(Path("b.py"))[0]["file"] == "b.py"
+
+
+def test_a_link_is_a_file_of_its_own(tmp_path, not_run):
+    (tmp_path / "mueller.py").write_text("x")
+    try:
+        (tmp_path / "a.py").symlink_to("mueller.py")
+    except OSError:
+        pytest.skip("no links here")
+    assert [Path(row["file"]).name for row in grade(tmp_path)] == ["a.py", "mueller.py"]
+
+
+def test_all_files_are_read_before_one_is_run(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(grader, "_read", lambda path: done.append(f"read {path.name}") or b"")
+    monkeypatch.setattr(grader, "_run", lambda name, *_: (done.append(f"run {name}") or [], ""))
+    paths = [tmp_path / "1" / "a.py", tmp_path / "2"]
+    for folder, name in (("1", "a.py"), ("2", "b.py")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).touch()
+    grade(paths)
+    assert done == ["read a.py", "read b.py", "run a.py", "run b.py"]
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ("none.py", "no such file or folder: none.py"), ("x.txt", "x.txt is neither a notebook"),
+    ("empty", "there is no .py or .ipynb file in empty"),
+])
+def test_a_wrong_path_is_found_before_a_file_is_run(
+    tmp_path, monkeypatch, capsys, not_run, wrong, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.py").touch()
+    (tmp_path / "x.txt").touch()
+    (tmp_path / "empty").mkdir()
+    assert main(["check", "a.py", wrong, "a.py"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and words in err and err.count("\n") == 1 and not not_run
+
+
 def test_a_notebooks_magics_are_skipped(tmp_path):
     cells = ["%matplotlib inline\n!ls\nimport numpy as np", GOOD]
     notebook = {"cells": [{"cell_type": "code", "source": c, "metadata": {}} for c in cells]}
@@ -137,7 +199,7 @@ def test_every_check_of_a_file_that_hangs_has_its_row(tmp_path):
 
 def test_the_command_line(tmp_path, capsys):
     (tmp_path / "good_04.py").write_text(GOOD)
-    assert main(["check", str(tmp_path / "good_04.py")]) == 0
+    assert main(["check", str(tmp_path / "good_04.py"), "--seconds", "1e300"]) == 0
     assert "1 of 1 checks passed" in capsys.readouterr().out
     (tmp_path / "bad_04.py").write_text(GOOD.replace("x.T @ d,", "x.T @ dout @ B.T,"))
     assert main(["check", str(tmp_path)]) == 1
@@ -149,3 +211,55 @@ def test_the_command_line(tmp_path, capsys):
     assert row["exercise"] == 4 and "lacks the factor" in row["checks"][0]["message"]
     assert main(["check", str(tmp_path / "none")]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "required: PATH"), ([""], "is empty"), (["a.py", ""], "is empty"),
+    (["a.py", "--json", "--csv"], "not allowed with"),
+])
+def test_bad_options(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        main(["check", *arguments])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+# ---- For a spreadsheet
+
+HEAD = ["file", "exercise", "passed", "total", "complete", "message"]
+
+
+def test_the_csv_of_the_command_line(tmp_path, capfdbinary):
+    for name, text in (("04, \"good\".py", GOOD), ("1.py", "def linear_forward(x, W, b): return x"),
+                       ("x.py", "raise ValueError('a, \"b\"\\nxᵀ\\r=1+1')")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert main(["check", str(tmp_path), "--csv"]) == 1
+    out = capfdbinary.readouterr().out.decode().replace(os.linesep, "\n")
+    assert "\r" not in out and out.endswith("\n") and not out.endswith("\n\n")
+    head, *rows = csv.reader(out.splitlines())
+    assert head == HEAD
+    assert [Path(row[0]).name for row in rows] == ["04, \"good\".py", "1.py", "x.py"]
+    assert rows[0][1:] == ["4", "1", "1", "1", ""]
+    assert rows[1][1:5] == ["1", "0", "2", "0"] and rows[1][5].startswith("y ")
+    assert rows[2][1:] == ["", "0", "0", "0", 'Your code raised ValueError: a, "b"']
+
+
+def row_of(file, error):
+    return {"file": file, "exercise": None, "checks": [], "passed": 0, "total": 0, "error": error}
+
+
+@pytest.mark.parametrize("text, cell", [
+    ("=1+1", "'=1+1"), ("+1", "'+1"), ("-1", "'-1"), ("@SUM(A1)", "'@SUM(A1)"), (" =1", "' =1"),
+    ("＝1+1", "'＝1+1"), ('"=1"', "'\"=1\""), ("\t=1", r"\t=1"), ("\r=1", r"\r=1"), ("\n=1", ""),
+    ("a;=1+1;b", "a;'=1+1;b"), ('a;"=1"', "a;'\"=1\""), ("a; -b, c = -1", "a;' -b, c = -1"),
+    ("a=1, b+1", "a=1, b+1"), ("dW = xᵀ dout", "dW = xᵀ dout"), ("\x1b[2J\0", r"\x1b[2J\x00"),
+    ("\u202e=1", r"\u202e=1"), ("\ud800", r"\ud800"), ("", ""),
+])
+def test_a_cell_is_no_formula(text, cell):
+    head, row = csv.reader(as_csv([row_of(text, text)]).split("\n"))
+    assert (head, row) == (HEAD, [cell if text[:1] != "\n" else r"\n=1", "", "0", "0", "0", cell])
+
+
+def test_a_cell_is_not_longer_than_a_spreadsheet_can_hold():
+    for character in ("y", "\U000e0001", '"', "=", ";="):
+        (row,) = list(csv.reader([as_csv([row_of("x", character * 10_000)]).split("\n")[1]]))
+        assert 500 <= len(row[-1]) < 32_767
