@@ -56,9 +56,7 @@ def compare_command(args: argparse.Namespace) -> int:
     result = compare.compare(settings, args.out, progress=not args.no_progress)
     print(f"\nFine-tuning the {settings.base} model, trained on English docs, on Python code: "
           f"{settings.steps} steps.\n")
-    print(compare.table(result))
-    print("\nLosses in nats per character on held-out text; docs before: "
-          f"{result['docs_base']:.3f}. MB = 10^6 bytes.")
+    print(f"{compare.table(result)}\n")
     written = ", ".join([*plots.COMPARISON, compare.RESULT, "adapters/"])
     print(f"Written to {args.out}: {written}")
     if len(result["runs"]) < len(settings.plan):

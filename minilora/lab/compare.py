@@ -281,33 +281,34 @@ def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[
     return result
 
 
-# ---- The table
+# ---- The tables
 
-COLUMNS = (
-    "method", "trainable", "", "grad+opt", "file", "ms/step", "code before", "code after",
-    "of full's gain", "docs after", "docs, adapter removed",
-)
-LEFT_ALIGNED = (0, len(COLUMNS) - 1)  # all other columns are numbers
+COSTS = "method", "trainable", "share", "grad+opt", "file", "ms/step"
+GAINS = "method", "code", "of full's gain", "docs", "docs, adapter removed"
 
 
-def rows(result: dict[str, Any]) -> list[list[str]]:
-    """Return the table's cells: one row per method, mean ± standard deviation over seeds."""
-    full_runs = [run for run in result["runs"] if run["rank"] is None]
-    full_gain = {run["seed"]: _gain(run) or math.nan for run in full_runs}
-    return [_row(runs, full_gain, result["docs_base"]) for runs in plots.by_method(result).values()]
-
-
-def _row(group: list[dict[str, Any]], full_gain: dict[int, float], docs_base: float) -> list[str]:
-    """Return the cells of one method."""
-    first = group[0]
-    return [
-        first["method"], f"{first['trainable']:,}", f"{first['trainable'] / first['total']:.1%}",
-        megabytes(first["training_bytes"]), megabytes(first["file_bytes"]),
+def costs(result: dict[str, Any]) -> list[list[str]]:
+    """Return the cells of what each method costs: one row per method, below the headings."""
+    return [list(COSTS)] + [[
+        name, f"{group[0]['trainable']:,}", f"{group[0]['trainable'] / group[0]['total']:.1%}",
+        megabytes(group[0]["training_bytes"]), megabytes(group[0]["file_bytes"]),
         f"{statistics.median(run['ms_per_step'] for run in group):.0f}",
-        f"{first['code_before']:.3f}", _spread([run["code_after"] for run in group]),
+    ] for name, group in plots.by_method(result).items()]
+
+
+def gains(result: dict[str, Any]) -> list[list[str]]:
+    """Return the cells of what each method gives: the losses before, and after each method.
+
+    They are mean ± standard deviation over seeds.
+    """
+    full_gain = {run["seed"]: _gain(run) or math.nan
+                 for run in result["runs"] if run["rank"] is None}
+    before, docs = result["runs"][0]["code_before"], result["docs_base"]
+    return [list(GAINS), ["before", f"{before:.3f}", "0%", f"{docs:.3f}", ""]] + [[
+        name, _spread([run["code_after"] for run in group]),
         _spread([_gain(run) / full_gain[run["seed"]] for run in group], "{:.0%}"),
-        _spread([run["docs_after"] for run in group]), _after_removal(group, docs_base),
-    ]
+        _spread([run["docs_after"] for run in group]), _after_removal(group, docs),
+    ] for name, group in plots.by_method(result).items()]
 
 
 def _gain(run: dict[str, Any]) -> float:
@@ -322,7 +323,7 @@ def _after_removal(group: list[dict[str, Any]], docs_base: float) -> str:
         return "cannot be undone"
     if all(loss == docs_base for loss in removed):
         return f"{removed[0]:.3f} = base, exactly"
-    return f"{_spread(removed)} DIFFERS from the base"
+    return f"{_spread(removed)} DIFFERS from base"
 
 
 def _spread(values: list[float], form: str = "{:.3f}") -> str:
@@ -337,5 +338,7 @@ def megabytes(count: int) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the comparison as a Markdown table."""
-    return markdown.table([list(COLUMNS), *rows(result)], LEFT_ALIGNED)
+    """Return the comparison as two Markdown tables: what each method costs, and what it gives."""
+    return (f"What each method costs (MB = 10^6 bytes):\n\n{markdown.table(costs(result))}\n\n"
+            "What it gives (losses in nats per character, on text kept out of all training):\n\n"
+            + markdown.table(gains(result), left=(0, len(GAINS) - 1)))

@@ -45,15 +45,34 @@ def test_numbers_and_adapters_are_written(result):
     assert loss == pytest.approx(numbers["runs"][2]["code_after"], rel=1e-4)
 
 
-def test_the_table_says_mean_spread_and_return_to_the_base(result):
-    text = compare.table(result[0])
-    lines = text.splitlines()
-    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
-    assert "LoRA r=2" in lines[4] and "±" in lines[4] and "= base, exactly" in lines[4]
-    assert "cannot be undone" in lines[2] and "110,336" in lines[2]
-    broken = json.loads(json.dumps(result[0]))
+def test_the_tables_say_mean_spread_and_return_to_the_base(result):
+    numbers = result[0]
+    costs, gains = (dict(zip(("head", *names), rows, strict=True)) for names, rows in (
+        (("full", "LoRA r=1", "LoRA r=2"), compare.costs(numbers)),
+        (("before", "full", "LoRA r=1", "LoRA r=2"), compare.gains(numbers))))
+    assert all(row[0] == name for rows in (costs, gains) for name, row in rows.items()
+               if name != "head")
+    assert costs["full"][1:3] == ["110,336", "100.0%"] and costs["LoRA r=2"][1] == "4,608"
+    assert len({run["code_before"] for run in numbers["runs"]}) == 1, "LoRA starts as the base"
+    before = numbers["runs"][0]["code_before"], numbers["docs_base"]
+    assert gains["before"][1:] == [f"{before[0]:.3f}", "0%", f"{before[1]:.3f}", ""]
+    assert gains["full"][2] == "100% ± 0%" and gains["full"][-1] == "cannot be undone"
+    assert "±" in gains["LoRA r=2"][1] and gains["LoRA r=2"][-1].endswith("= base, exactly")
+    broken = json.loads(json.dumps(numbers))
     broken["runs"][1]["docs_removed"] += 1e-9
     assert "DIFFERS" in compare.table(broken)
+
+
+def test_the_tables_are_at_most_100_columns_wide(result):
+    wide = json.loads(json.dumps(result[0]))
+    for run in wide["runs"]:
+        run |= {"ms_per_step": 12345.6, "training_bytes": 123456789, "file_bytes": 123456789}
+        if run["rank"]:
+            run |= {"method": "LoRA r=128", "trainable": 1_234_567,
+                    "docs_removed": run["docs_removed"] + run["seed"] / 10}
+    text = compare.table(wide)
+    assert "LoRA r=128" in text and "12346" in text and "DIFFERS" in text and "±" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("name", plots.COMPARISON)
