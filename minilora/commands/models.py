@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from minilora.commands.options import MODEL_HELP, Command, Parser, filled, temperature, whole
 from minilora.data.generate import sample_tokens
 from minilora.data.tokenizer import tokenizer_of
-from minilora.files.bases import load_adapted, load_model
+from minilora.files.bases import describe, load_adapted, load_model
 from minilora.files.checkpoint import save_checkpoint
-from minilora.files.gguf import describe_gguf, is_gguf
 from minilora.files.llama import to_hf_llama
-from minilora.files.peft_config import CONFIG_FILE, WEIGHTS_FILE
-from minilora.files.peft_read import describe_adapter, load_adapter
-from minilora.files.safetensors import describe_safetensors
+from minilora.files.peft_read import load_adapter
 from minilora.lora.wrap import merge_lora
 from minilora.nn.llama import Llama
 
@@ -54,24 +50,20 @@ def generate_command(args: argparse.Namespace) -> None:
 
 def info_options(parser: Parser) -> None:
     """Add the argument of `minilora info`."""
-    parser.add_argument("path", help="folder of an adapter, or a safetensors or GGUF file")
+    parser.add_argument("model", type=filled, help=f"{MODEL_HELP}; or the folder of an adapter")
 
 
 def info_command(args: argparse.Namespace) -> None:
-    """Print the contents of an adapter, a checkpoint or a GGUF file."""
-    path = Path(args.path)
-    if path.is_dir() and not (path / CONFIG_FILE).exists() and (path / "config.json").exists():
-        path /= "model.safetensors"  # a model saved by transformers
-    is_adapter = path.is_dir() or path.name in (CONFIG_FILE, WEIGHTS_FILE)
-    print(describe_adapter(path) if is_adapter else
-          describe_gguf(path) if is_gguf(path) else describe_safetensors(path))
+    """Print the contents of a model or an adapter."""
+    print(describe(args.model))
 
 
 def merge_options(parser: Parser) -> None:
     """Add the arguments of `minilora merge`."""
-    parser.add_argument("base", help=MODEL_HELP)
-    parser.add_argument("adapter", help="folder of an adapter")
-    parser.add_argument("out", help="checkpoint to write, in float32; of a Llama, a folder")
+    add = parser.add_argument
+    add("base", type=filled, help=MODEL_HELP)
+    add("adapter", type=filled, help="folder of an adapter")
+    add("out", type=filled, help="checkpoint to write, in float32; of a Llama, a folder")
 
 
 def merge_command(args: argparse.Namespace) -> None:
@@ -88,7 +80,6 @@ def merge_command(args: argparse.Namespace) -> None:
 
 COMMANDS = {
     "generate": Command(generate_options, generate_command, "continue a text with a model"),
-    "info": Command(info_options, info_command,
-                    "show what is in an adapter, checkpoint or GGUF file"),
+    "info": Command(info_options, info_command, "show what is in a model or an adapter"),
     "merge": Command(merge_options, merge_command, "merge an adapter into a base for good"),
 }

@@ -189,8 +189,15 @@ def load_base(name: str = "base", dtype: Any = np.float32, quantized: bool = Tru
     """
     if name == "smollm2" or str(name).endswith(".gguf"):
         return load_gguf(find_smollm2() if name == "smollm2" else name, dtype, quantized)
+    return load_checkpoint(base_file(name), dtype)
+
+
+def base_file(name: str) -> Path:
+    """Return the file of "base", "small" or "smollm2". Raises as `load_base` does."""
+    if name == "smollm2":
+        return find_smollm2()
     known = sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
     if name not in known:
         raise ValueError(f"the models are smollm2 and {', '.join(known) or 'no others'}; got "
                          f"{name!r}{closest(str(name), [*known, 'smollm2'])}")
-    return load_checkpoint(WEIGHTS / f"{name}.safetensors", dtype)
+    return WEIGHTS / f"{name}.safetensors"

@@ -26,20 +26,39 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Arrays]:
     FileNotFoundError
         If a file is missing.
     """
-    index = folder / f"{HF_WEIGHTS}.index.json"
-    if (folder / HF_WEIGHTS).exists() or not index.exists():
+    index = _index(folder)
+    if index is None:
         return load_pair(folder / HF_WEIGHTS, folder / HF_CONFIG)
     return read_json(folder / HF_CONFIG), _read_shards(folder, index)
 
 
-def _read_shards(folder: Path, index: Path) -> Arrays:
-    """Read all the shards that an index names."""
+def weight_files(folder: Path) -> list[Path]:
+    """Return the path of model.safetensors, or of all shards. CheckpointError as `read_folder`."""
+    index = _index(folder)
+    names = [HF_WEIGHTS] if index is None else sorted(set(_weight_map(index).values()))
+    return [folder / name for name in names]
+
+
+def _index(folder: Path) -> Path | None:
+    """Return the path of the index of shards; None if there is one file, or nothing."""
+    index = folder / f"{HF_WEIGHTS}.index.json"
+    return None if (folder / HF_WEIGHTS).exists() or not index.exists() else index
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Read an index: {name of a tensor: name of its shard}."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(
         isinstance(shard, str) and Path(shard).name == shard and shard.endswith(".safetensors")
         and shard.isprintable() for shard in shards.values()
     ):
         raise CheckpointError(f"{index}: weight_map must map names to files of this folder")
+    return shards
+
+
+def _read_shards(folder: Path, index: Path) -> Arrays:
+    """Read all the shards that an index names."""
+    shards = _weight_map(index)
     tensors: Arrays = {}
     for shard in sorted(set(shards.values())):
         part = load_safetensors(folder / shard)

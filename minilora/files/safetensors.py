@@ -260,9 +260,8 @@ def _read_header(
         raise CheckpointError(f"{path}: too short for a safetensors file ({size} bytes)")
     (length,) = struct.unpack("<Q", head)
     if length > min(MAX_HEADER, size - 8):
-        raise CheckpointError(
-            f"{path}: its header claims {length} bytes, but {size - 8} follow the length"
-        )
+        raise CheckpointError(f"{path} is no safetensors file, or a damaged one: its header claims "
+                              f"{length} bytes, but {size - 8} follow the length")
     header = _parse_header(file.read(length), path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

@@ -283,13 +283,13 @@ def compare(settings: Settings, out: str | Path, progress: bool = True) -> dict[
 
 # ---- The tables
 
-COSTS = "method", "trainable", "share", "grad+opt", "file", "ms/step"
-GAINS = "method", "code", "of full's gain", "docs", "docs, adapter removed"
+COSTS = ["method", "trainable", "share", "grad+opt", "file", "ms/step"]
+GAINS = ["method", "code", "of full's gain", "docs", "docs, adapter removed"]
 
 
 def costs(result: dict[str, Any]) -> list[list[str]]:
     """Return the cells of what each method costs: one row per method, below the headings."""
-    return [list(COSTS)] + [[
+    return [COSTS] + [[
         name, f"{group[0]['trainable']:,}", f"{group[0]['trainable'] / group[0]['total']:.1%}",
         megabytes(group[0]["training_bytes"]), megabytes(group[0]["file_bytes"]),
         f"{statistics.median(run['ms_per_step'] for run in group):.0f}",
@@ -304,7 +304,7 @@ def gains(result: dict[str, Any]) -> list[list[str]]:
     full_gain = {run["seed"]: _gain(run) or math.nan
                  for run in result["runs"] if run["rank"] is None}
     before, docs = result["runs"][0]["code_before"], result["docs_base"]
-    return [list(GAINS), ["before", f"{before:.3f}", "0%", f"{docs:.3f}", ""]] + [[
+    return [GAINS, ["before", f"{before:.3f}", "0%", f"{docs:.3f}", ""]] + [[
         name, _spread([run["code_after"] for run in group]),
         _spread([_gain(run) / full_gain[run["seed"]] for run in group], "{:.0%}"),
         _spread([run["docs_after"] for run in group]), _after_removal(group, docs),
