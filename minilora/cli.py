@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -9,22 +10,34 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import minilora
 from minilora.commands import adapters, experiments, finetune, grading, models
-from minilora.commands.options import Parser
+from minilora.commands.options import Parser, listed
 from minilora.files.safetensors import printable
 
 COMMANDS = (experiments.COMMANDS | finetune.COMMANDS | adapters.COMMANDS | models.COMMANDS
             | grading.COMMANDS)
+EXAMPLES = (
+    "minilora compare --quick --out runs/quick",
+    "minilora finetune notes.txt --out runs/notes",
+    'minilora generate --prompt "def "',
+    "minilora info base",
+)
 
 
 def build_parser() -> Parser:
     """Return the parser for all commands."""
+    shown = argparse.RawDescriptionHelpFormatter  # the examples as they are written
     parser = Parser(
-        prog="minilora", description="LoRA from scratch in NumPy, with its promises measured."
+        prog="minilora", description="LoRA from scratch in NumPy, with its promises measured.",
+        epilog=f"{listed(EXAMPLES)}\n\nminilora COMMAND --help says more about a command.",
+        formatter_class=shown,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (add_options, run, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--version", action="version", version=f"minilora {minilora.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (add_options, run, text, examples) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=listed(examples), formatter_class=shown)
         command.set_defaults(run=run)
         add_options(command)
     return parser
@@ -46,12 +59,17 @@ def notes(command: str) -> Iterator[None]:
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    Bad input prints one sentence to stderr and returns 2. Ctrl-C returns 130.
+    Bad input prints one sentence to stderr and returns 2; no command prints the help and returns
+    2. Ctrl-C returns 130.
     """
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):  # a notebook's streams have none
             reconfigure(errors="backslashreplace")  # a terminal may lack characters, such as ᵀ
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         with notes(args.command):
             status = args.run(args) or 0
@@ -64,9 +82,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"minilora {args.command}: not enough memory", file=sys.stderr)
         return 2
     except (ValueError, TypeError, KeyError, FloatingPointError, OSError, ImportError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"minilora {args.command}: {printable(str(text))}", file=sys.stderr)
+        print(f"minilora {args.command}: {printable(sentence(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+
+
+def sentence(error: Exception) -> str:
+    """Return what an error says, without the quotes and numbers that Python adds."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 import minilora as ml
 from minilora import cli
 from minilora.cli import main
-from minilora.files import checkpoint
+from minilora.files import bases, checkpoint
 from minilora.files.bases import load_model
 from minilora.lab import bench, compare, plots, pretrain
 
@@ -79,13 +81,16 @@ def test_threads_are_none_unless_given(command):
         (["generate", "--prompt", "h\u00e9"], "'\u00e9' at 1"),
         (["generate", "--prompt", ""], "the prompt is empty"),
         (["generate", "--adapter", "no/such"], "no/such"),
-        (["generate", "--base", "tiny"], "got 'tiny'"),
+        (["generate", "--base", "tiny"], "'tiny' is neither a file or folder, nor one of base"),
+        (["generate", "--base", "smal"], "did you mean 'small'"),
+        (["generate", "--base", "."], ". is no model: it has no config.json"),
         (["generate", "--base", "no/such.safetensors"], "no/such.safetensors"),
         (["generate", "--base", __file__], "header claims"),
         (["pretrain", "--steps", "1", "--out", "."], ". is a directory"),
-        (["info", "no/such"], "no/such"), (["info", "."], "adapter_config.json"),
-        (["info", __file__], "header claims"), (["merge", "small", "no/such", "x"], "no/such"),
-        (["count", "gpt5"], "'gpt5' is not among gpt2-small"),
+        (["info", "no/such"], "'no/such' is neither"), (["info", "bsae"], "did you mean 'base'"),
+        (["info", "."], "neither an adapter nor a model: it has no adapter_config.json, and no"),
+        (["info", __file__], "is no safetensors file, or a damaged one"),
+        (["merge", "small", "no/such", "x"], "no/such"),
         (["count", "gpt2-xl", "--target-modules", "qproj"], "did you mean 'q_proj'"),
         (["bench", "--sizes", "XXL"], "XS, S, M, L, got 'XXL'"),
     ],
@@ -100,7 +105,7 @@ def test_bad_input_is_one_sentence_and_exit_2(capsys, arguments, words):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ([], "COMMAND"), (["fly"], "invalid choice"),
+        (["fly"], "'fly' is not among compare, "),
         (["compare", "--ranks", "0"], "'0' is not a whole number of 1 or more"),
         (["compare", "--ranks", "2,x"], "'x' is not a whole number"),
         (["compare", "--ranks", ""], "'' is not a whole number"),
@@ -108,18 +113,85 @@ def test_bad_input_is_one_sentence_and_exit_2(capsys, arguments, words):
         (["compare", "--steps", "-3"], "'-3' is not a whole number of 2 or more"),
         (["compare", "--lr", "nan"], "'nan' is not a number above 0"),
         (["compare", "--alpha", "0"], "'0' is not a number above 0"),
-        (["pretrain", "--model", "big"], "invalid choice: 'big'"),
+        (["pretrain", "--model", "big"], "'big' is not among base, small"),
         (["generate", "--temperature", "-1"], "'-1' is not a number above 0"),
         (["generate", "--temperature", "inf"], "'inf' is not a number"),
         (["bench", "--sizes", ","], "has an empty name"),
         (["generate", "--top-k", "0"], "'0' is not a whole number of 1"),
         (["generate", "--seed", "-1"], "'-1' is not a whole number of 0"),
+        (["count", "gpt5"], "'gpt5' is not among gpt2-small"),
+        (["count"], "required: model"), (["info", ""], "argument model: is empty"),
+        (["merge", "base", "task", ""], "argument out: is empty"),
+        (["bench", "--llm", "--sizes", "S"], "--sizes: not allowed with argument --llm"),
+        # a word that is not known
+        (["comapre"], "did you mean 'compare'?"), (["--versoin"], "did you mean '--version'?"),
+        (["compare", "--rnaks", "2"], "there is no option --rnaks; did you mean '--ranks'?"),
+        (["compare", "-ranks=2"], "there is no option -ranks; did you mean '--ranks'?"),
+        (["compare", "--base", "bsae"], "'bsae' is not among base, small; did you mean 'base'?"),
+        (["teach", "--task", "comands"], "did you mean 'commands'?"),
+        (["count", "gpt2-xxl"], "did you mean 'gpt2-xl'?"),
+        # not a complaint of what follows it, or of what is missing
+        (["count", "--rnak", "8", "gpt2-xl"], "no option --rnak; did you mean '--rank'?"),
+        (["check", "--jsno"], "there is no option --jsno; did you mean '--json'?"),
+        (["--quick", "compare"], "minilora: error: there is no option --quick\n"),
+        (["generate", "base"], "minilora generate: error: unexpected argument 'base'"),
+        (["compare", "-1"], "minilora compare: error: unexpected argument '-1'"),
     ],
 )
 def test_bad_options_exit_2(capsys, arguments, words):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    assert stop.value.code == 2 and words in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err
+    assert err.startswith("usage: minilora") and len(re.findall("^minilora", err, re.M)) == 1
+
+
+def test_what_begins_with_a_dash_may_be_a_value(capsys):
+    arguments = "generate --base small --tok 1 --seed 0 --prompt".split()  # --tok is --tokens
+    assert main([*arguments[:-1], "--prompt=--x"]) == 0
+    assert capsys.readouterr().out.startswith("--x")
+    assert main([*arguments, "-x y"]) == 0
+    assert capsys.readouterr().out.startswith("-x y")
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"minilora {ml.__version__}\n"
+
+
+def test_no_command_is_helped(capsys):
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert err == cli.build_parser().format_help() and not out
+    assert all(f"\n    {name} " in err for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["", *cli.COMMANDS])
+def test_examples_are_shown_and_can_be_parsed(capsys, name):
+    examples = cli.COMMANDS[name].examples if name else cli.EXAMPLES
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    shown = capsys.readouterr().out.partition("\n\nexamples:\n")[2].splitlines()
+    assert shown[: len(examples)] == [f"  {example}" for example in examples]
+    commands = []
+    for example in examples:
+        program, *arguments = shlex.split(example)
+        commands.append(cli.build_parser().parse_args(arguments).command)
+        assert program == "minilora" and len(example) < 80
+    assert commands[:1] == [name] if name else len(set(commands)) == len(commands)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_can_complete_commands_and_options(tmp_path, shell):
+    shtab = pytest.importorskip("shtab", reason="the extra 'completion' is not installed")
+    script = shtab.complete(cli.build_parser(), shell=shell)
+    assert all(name in script for name in cli.COMMANDS)
+    assert "--target-modules" in script and "smollm2-135m" in script
+    if shutil.which(shell):
+        (tmp_path / "script").write_text(script)
+        subprocess.run([shell, "-n", tmp_path / "script"], check=True)
 
 
 def test_pretrain_writes_a_checkpoint_that_generate_reads(tmp_path, capsys):
@@ -174,12 +246,16 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_training(
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
-def test_a_file_called_base_does_not_take_the_shipped_model_s_place(tmp_path, monkeypatch, make):
+def test_a_file_called_base_does_not_take_the_shipped_model_s_place(
+    tmp_path, monkeypatch, capsys, make
+):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "base")
     assert load_model("base").num_parameters() == 822_016
     with pytest.raises((OSError, ValueError)):
         load_model("./base")
+    assert main(["info", "base"]) == 0 and "822,016 numbers" in capsys.readouterr().out
+    assert main(["info", "./base"]) == 2 and "base" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_not_an_ignored_exception():
@@ -198,6 +274,8 @@ def test_info_and_merge(tmp_path, capsys):
     assert main(["info", str(tmp_path / "task")]) == 0
     out = capsys.readouterr().out
     assert "rank 2, alpha 4, scaling alpha/r = 2" in out and "2 layers, 512 parameters" in out
+    assert main(["generate", "--base", str(tmp_path / "task")]) == 2
+    assert "task is the folder of an adapter: it has no config.json" in capsys.readouterr().err
     norm = np.linalg.norm(layer.lora.delta_weight())
     assert f"h.1.attn.v_proj: {norm:.4g}  (64, 64)" in out and "h.0.attn.v_proj: 0  " in out
 
@@ -288,6 +366,31 @@ def test_a_folder_of_transformers_is_a_base(tmp_path, capsys):
     state = ml.load_checkpoint(tmp_path / "out").state_dict()
     base = ml.load_base("small").state_dict()
     assert all(np.array_equal(state[name], array) for name, array in base.items())
+
+
+def test_info_describes_what_generate_takes(tmp_path, monkeypatch, capsys):
+    ml.to_hf_gpt2(ml.load_base("small"), tmp_path)
+    tensors = ml.load_safetensors(tmp_path / "model.safetensors")
+    whole = sum(array.size for array in tensors.values())
+    (tmp_path / "model.safetensors").unlink()
+    shards = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(shards.values()):
+        ml.save_safetensors(tmp_path / shard, {
+            name: array for name, array in tensors.items() if shards[name] == shard})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    assert main(["info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    counts = re.findall(r"arrays, ([\d,]+) numbers", out)
+    assert len(counts) == 2 and sum(int(n.replace(",", "")) for n in counts) == whole
+    assert all(f"  {name}: " in out for name in tensors)
+    index.write_text("{}")
+    for command in (["info"], ["generate", "--base"]):
+        assert main([*command, str(tmp_path)]) == 2
+        assert "weight_map must map names to files" in capsys.readouterr().err
+
+    monkeypatch.setattr(bases, "base_file", lambda name: tmp_path / "model-0.safetensors")
+    assert main(["info", "smollm2"]) == 0 and f"{counts[0]} numbers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["\x1b[2Jgone", "a\nb", "\u202egpj.exe", "\x07"])

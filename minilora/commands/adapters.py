@@ -109,7 +109,12 @@ def list_command(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "eval": Command(eval_options, eval_command, "print the loss of a model on your own data"),
-    "chat": Command(chat_options, chat_command, "talk with a language model and its adapters"),
-    "list": Command(list_options, list_command, "list the adapters in a folder and below it"),
+    "eval": Command(eval_options, eval_command, "print the loss of a model on your own data", (
+        "minilora eval more_notes.txt --adapter runs/notes",
+        "minilora eval pairs.jsonl --base smollm2")),
+    "chat": Command(chat_options, chat_command, "talk with a language model and its adapters", (
+        "minilora chat",
+        "minilora chat --adapter runs/pairs --adapter house=runs/teach/adapter")),
+    "list": Command(list_options, list_command, "list the adapters in a folder and below it",
+                    ("minilora list runs",)),
 }

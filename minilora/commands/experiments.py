@@ -92,7 +92,8 @@ def pretrain_command(args: argparse.Namespace) -> int:
 def teach_options(parser: Parser) -> None:
     """Add the options of `minilora teach`; those not given keep the defaults of `Lesson`."""
     add, usual = parser.add_argument, Lesson()
-    add("--task", choices=sorted(TASKS), default="commands", help="(default: %(default)s)")
+    add("--task", choices=sorted(TASKS), default="commands",
+        help="what to teach (default: %(default)s)")
     add("--base", type=filled, default="smollm2", help="smollm2, a GGUF file, or a folder of "
         "transformers; its tokenizer needs SmolLM2's template (default: smollm2)")
     add("--rank", type=whole(1), default=usual.rank, help="LoRA rank (default: %(default)s)")
@@ -101,12 +102,15 @@ def teach_options(parser: Parser) -> None:
         help="layers to adapt in each block (default: all seven)")
     add("--upper", type=whole(0), default=usual.upper, metavar="BLOCKS",
         help="adapt only this many of the uppermost blocks; 0 for all (default: %(default)s)")
-    add("--steps", type=whole(1), default=usual.steps, help="(default: %(default)s)")
-    add("--lr", type=positive, default=usual.learning_rate, help="(default: %(default)s)")
-    add("--batch-size", type=whole(1), default=usual.batch_size, help="(default: %(default)s)")
+    add("--steps", type=whole(1), default=usual.steps,
+        help="training steps (default: %(default)s)")
+    add("--lr", type=positive, default=usual.learning_rate,
+        help="learning rate (default: %(default)s)")
+    add("--batch-size", type=whole(1), default=usual.batch_size,
+        help="examples in a batch (default: %(default)s)")
     add("--seed", type=whole(0), default=0, help="of A and of the examples' order (default: 0)")
-    add("--study", action="store_true", help=f"{len(STUDY)} lessons with different settings, "
-        "about 20 minutes")
+    add("--study", action="store_true", help=f"{len(STUDY)} lessons, each with settings of "
+        "its own instead of those given; about 20 minutes")
     add("--out", type=filled, default="runs/teach", help="folder to write (default: %(default)s)")
     training_options(parser)
 
@@ -128,7 +132,7 @@ def teach_command(args: argparse.Namespace) -> None:
 def count_options(parser: Parser) -> None:
     """Add the options of `minilora count`."""
     add = parser.add_argument
-    add("model", help=f"one of {', '.join(PUBLISHED)}")
+    add("model", metavar="model", choices=list(PUBLISHED), help=f"one of {', '.join(PUBLISHED)}")
     add("--rank", type=whole(1), default=8, help="LoRA rank (default: 8)")
     add("--target-modules", type=names, metavar="q_proj,v_proj",
         help="names or globs of the layers to adapt (default: all Linears in the blocks)")
@@ -136,8 +140,6 @@ def count_options(parser: Parser) -> None:
 
 def count_command(args: argparse.Namespace) -> None:
     """Print the parameters and bytes of a published model and of LoRA on it, by formula."""
-    if args.model not in PUBLISHED:
-        raise ValueError(f"{args.model!r} is not among {', '.join(PUBLISHED)}")
     architecture = PUBLISHED[args.model]
     targets = list(args.target_modules) if args.target_modules else None
     total = architecture.num_parameters
@@ -161,10 +163,11 @@ def count_command(args: argparse.Namespace) -> None:
 def bench_options(parser: Parser) -> None:
     """Add the options of `minilora bench`."""
     add = parser.add_argument
-    add("--sizes", type=names, default=tuple(bench.SIZES), metavar="XS,S,M,L",
-        help="model sizes to time (default: all)")
-    add("--llm", action="store_true",
-        help="time and weigh LoRA on SmolLM2-135M instead, in 4 bits and in float32")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--sizes", type=names, default=tuple(bench.SIZES), metavar="XS,S,M,L",
+           help="model sizes to time (default: all)")
+    either("--llm", action="store_true",
+           help="time and weigh LoRA on SmolLM2-135M instead, in 4 bits and in float32")
     add("--peers", action="store_true", help="time PyTorch and PEFT as well, and print the ratios")
     add("--seconds", type=positive, default=6.0, help="seconds for each comparison (default: 6)")
 
@@ -176,12 +179,27 @@ def bench_command(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "compare": Command(compare_options, compare_command, "fine-tune the base on Python code, in "
-                       "full and with LoRA; print a table, write figures"),
-    "pretrain": Command(pretrain_options, pretrain_command,
-                        "train a base model on the docs corpus"),
-    "teach": Command(teach_options, teach_command, "teach a language model in 4 bits a task"),
-    "count": Command(count_options, count_command,
-                     "count the parameters of a published model and of LoRA"),
-    "bench": Command(bench_options, bench_command, "time training steps on one thread"),
+    "compare": Command(
+        compare_options, compare_command,
+        "compare full fine-tuning with LoRA: the base model learns Python code",
+        ("minilora compare --quick --out runs/quick",
+         "minilora compare --ranks 1,4,16 --seeds 3 --out runs/ranks",
+         "minilora compare --target-modules q_proj,v_proj --out runs/attention")),
+    "pretrain": Command(
+        pretrain_options, pretrain_command, "train a base model on the docs corpus",
+        ("minilora pretrain --model small --steps 200 --out runs/small.safetensors",
+         "minilora generate --base runs/small.safetensors")),
+    "teach": Command(
+        teach_options, teach_command, "teach a language model in 4 bits a task",
+        ("minilora teach",
+         "minilora teach --task docstrings --rank 16 --out runs/docstrings",
+         "minilora teach --study --out runs/study")),
+    "count": Command(
+        count_options, count_command, "count the parameters of a published model and of LoRA",
+        ("minilora count gpt3-175b --rank 4 --target-modules q_proj,v_proj",
+         "minilora count llama-3.2-1b")),
+    "bench": Command(
+        bench_options, bench_command, "time training steps on one thread",
+        ("minilora bench --sizes XS,S --seconds 2",
+         "minilora bench --llm")),
 }

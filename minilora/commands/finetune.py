@@ -136,5 +136,8 @@ def _show(outcome: Outcome, folder: Path) -> None:
 
 COMMANDS = {
     "finetune": Command(finetune_options, finetune_command,
-                        "fine-tune a base on your own text, or on prompts with answers"),
+                        "fine-tune a base on your own text, or on prompts with answers", (
+                            "minilora finetune notes.txt --out runs/notes --save-every 100",
+                            "minilora finetune pairs.jsonl --base smollm2 --out runs/pairs",
+                            "minilora finetune --resume runs/notes")),
 }

@@ -30,5 +30,8 @@ def check_command(args: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "check": Command(check_options, check_command, "grade exercises, or folders of submissions"),
+    "check": Command(
+        check_options, check_command, "grade exercises, or folders of submissions",
+        ("minilora check notebooks/exercises/01_linear.ipynb",
+         "minilora check submissions --csv")),
 }

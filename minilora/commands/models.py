@@ -79,7 +79,17 @@ def merge_command(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "generate": Command(generate_options, generate_command, "continue a text with a model"),
-    "info": Command(info_options, info_command, "show what is in a model or an adapter"),
-    "merge": Command(merge_options, merge_command, "merge an adapter into a base for good"),
+    "generate": Command(
+        generate_options, generate_command, "continue a text with a model",
+        ('minilora generate --prompt "def " --tokens 200',
+         'minilora generate --prompt "def " --adapter runs/compare/adapters/r8-seed0',
+         'minilora generate --base smollm2 --prompt "Once upon a time" --temperature 0')),
+    "info": Command(
+        info_options, info_command, "show what is in a model or an adapter",
+        ("minilora info base",
+         "minilora info runs/compare/adapters/r8-seed0")),
+    "merge": Command(
+        merge_options, merge_command, "merge an adapter into a base for good",
+        ("minilora merge base runs/compare/adapters/r8-seed0 merged.safetensors",
+         "minilora merge smollm2 runs/teach/adapter merged")),
 }

@@ -1,25 +1,61 @@
-"""What commands consist of, and the values of their options: a function parses a text, or says
-what is wrong with it.
+"""What commands consist of, their parser, and the values of their options.
+
+The type of an option is a function that parses a text, or says what is wrong with it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import NamedTuple
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
-Parser = argparse.ArgumentParser
+from minilora.nn.validate import closest
+
 MODEL_HELP = "base, small, smollm2, a checkpoint, a GGUF file, or a folder saved by transformers"
 DATA_HELP = ("a text file, a folder of text files, or a .jsonl of prompts and completions, of chat "
              "messages, or of texts")
+OPTION = re.compile(r"--?[a-zA-Z][\w-]*")  # unlike negative numbers
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names the closest option, command or choice if somebody mistypes one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse as argparse does, but end here, where the options are known, if some are not."""
+        args = sys.argv[1:] if args is None else list(args)
+        mine = itertools.takewhile(  # a parser with commands leaves what follows them to theirs
+            lambda word: word.startswith("-") if self._subparsers else word != "--", args)
+        for word in mine:  # first, or argparse would complain of the value of a mistyped option
+            option, known = word.partition("=")[0], self._option_string_actions
+            if OPTION.fullmatch(option) and not any(name.startswith(option) for name in known):
+                self.error(f"there is no option {option}{closest(option, known)}")
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]!r}")
+        return namespace, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"{value!r} is not among {', '.join(known)}{closest(str(value), known)}")
 
 
 class Command(NamedTuple):
-    """A command: what adds its options, what runs it, and what its help says."""
+    """A command: what adds its options, what runs it, what its help says, and how to call it."""
 
     add_options: Callable[[Parser], None]
     run: Callable[[argparse.Namespace], int | None]
     text: str
+    examples: tuple[str, ...]
+
+
+def listed(examples: Iterable[str]) -> str:
+    """Return examples as they are shown below the options."""
+    return "\n  ".join(["examples:", *examples])
 
 
 def whole(least: int) -> Callable[[str], int]:
