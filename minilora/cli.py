@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import minilora
-from minilora.commands import adapters, experiments, finetune, grading, models
+from minilora.commands import adapters, doctor, experiments, finetune, grading, models
 from minilora.commands.options import Parser, listed
 from minilora.files.safetensors import printable
 
 COMMANDS = (experiments.COMMANDS | finetune.COMMANDS | adapters.COMMANDS | models.COMMANDS
-            | grading.COMMANDS)
+            | grading.COMMANDS | doctor.COMMANDS)
 EXAMPLES = (
     "minilora compare --quick --out runs/quick",
     "minilora finetune notes.txt --out runs/notes",
