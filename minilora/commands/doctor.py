@@ -156,7 +156,7 @@ def doctor_command(args: argparse.Namespace) -> int:
     """Print what was found; return 1 if something is broken that minilora itself needs."""
     findings = list(examine())
     for state, what, text in findings:
-        show(f"{state:7}  {what}: {text}")
+        print(f"{state:7}  {what}: {text}")
     broken = [what for state, what, _ in findings if state == BROKEN]
     print(f"\nbroken: {', '.join(broken)}" if broken else "\nall that minilora itself needs works")
     return 1 if broken else 0
