@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from minilora.data.chat import END, START, SYSTEM, conversation
 from minilora.data.words import WordEncoder, any_of
 from minilora.files.vocabulary import Vocabulary, from_metadata, read_vocabulary
 from minilora.nn.validate import check_flag, token_ids
-
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-START, END, ROLES = "<|im_start|>", "<|im_end|>", ("system", "user", "assistant")
 
 
 class BPETokenizer:
@@ -122,14 +120,7 @@ class BPETokenizer:
 
         Raises ValueError for other messages, or if the tokenizer has not the template's tokens.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        for m in messages or [{}]:
-            m = m if isinstance(m, Mapping) else {"content": m}
-            if m.get("role") not in ROLES or not isinstance(m.get("content"), str):
-                raise ValueError(f"a message needs a role of {ROLES} and a content, got {m!r}")
-        if messages[0]["role"] != "system" and system is not None:
-            messages = [{"role": "system", "content": system}, *messages]
+        messages = conversation(messages, system)
         start, newline, parts = [self._control(START)], self.encode("\n"), []
         opening = np.append(start, self.encode("assistant\n"))
         for m in messages:
