@@ -6,11 +6,12 @@ import argparse
 
 from minilora.commands.options import MODEL_HELP, Command, Parser, filled, temperature, whole
 from minilora.data.generate import sample_tokens
-from minilora.data.tokenizer import tokenizer_of
+from minilora.data.tokenizer import save_tokenizer, tokenizer_of
 from minilora.files.bases import describe, load_adapted, load_model
 from minilora.files.checkpoint import save_checkpoint
 from minilora.files.llama import to_hf_llama
 from minilora.files.peft_read import load_adapter
+from minilora.files.safetensors import printable
 from minilora.lora.wrap import merge_lora
 from minilora.nn.llama import Llama
 
@@ -63,11 +64,12 @@ def merge_options(parser: Parser) -> None:
     add = parser.add_argument
     add("base", type=filled, help=MODEL_HELP)
     add("adapter", type=filled, help="folder of an adapter")
-    add("out", type=filled, help="checkpoint to write, in float32; of a Llama, a folder")
+    add("out", type=filled, help="checkpoint to write, in float32; of a Llama, a "
+        "folder of transformers with its tokenizer")
 
 
 def merge_command(args: argparse.Namespace) -> None:
-    """Merge an adapter into a base for good, and write a plain checkpoint."""
+    """Merge an adapter into a base for good; write a checkpoint, or a folder with a tokenizer."""
     model = load_model(args.base)
     load_adapter(model, args.adapter)
     merge_lora(model, unload=True)
@@ -76,6 +78,11 @@ def merge_command(args: argparse.Namespace) -> None:
     else:
         save_checkpoint(model, args.out)
     print(f"written to {args.out}: {model.num_parameters():,} parameters, A and B are merged")
+    if isinstance(model, Llama):
+        try:
+            save_tokenizer(args.base, args.out)
+        except (ValueError, FileNotFoundError) as error:  # the model is good without one
+            print(f"without a tokenizer: {printable(str(error))}")
 
 
 COMMANDS = {

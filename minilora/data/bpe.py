@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from minilora.data.chat import END, START, SYSTEM, conversation
+from minilora.data.chat import END, START, SYSTEM, TEMPLATE, conversation
 from minilora.data.words import WordEncoder, any_of
+from minilora.files.tokenizer_folder import write_vocabulary
 from minilora.files.vocabulary import Vocabulary, from_metadata, read_vocabulary
 from minilora.nn.validate import check_flag, token_ids
 
@@ -44,6 +45,15 @@ class BPETokenizer:
         one. Raises CheckpointError if a setting is not supported, and FileNotFoundError.
         """
         return cls(read_vocabulary(Path(path), eos))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer for AutoTokenizer of transformers, and for `load_tokenizer`.
+
+        The template of `chat` is written too, if the tokenizer has its tokens. In transformers,
+        special tokens in what somebody says are not plain text.
+        """
+        chats = {START, END} <= self.special.keys()
+        write_vocabulary(Path(folder), self._words.vocabulary, TEMPLATE if chats else None)
 
     def encode(self, text: str, special: bool = True) -> np.ndarray:
         """Convert text to token ids, (T,) int64.

@@ -9,6 +9,17 @@ Message = Mapping[str, str]
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 START, END, ROLES = "<|im_start|>", "<|im_end|>", ("system", "user", "assistant")
 
+# The same for transformers, in the language of Jinja.
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}"
+    r"{{ '<START>system\n<SYSTEM><END>\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    r"{{ '<START>' + message.role + '\n' + message.content + '<END>\n' }}"
+    "{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '<START>assistant\n' }}{% endif %}"
+).replace("<START>", START).replace("<END>", END).replace("<SYSTEM>", SYSTEM)
+
 
 def conversation(messages: str | Sequence[Message], system: str | None) -> list[Message]:
     """Return the messages, one or more, with `system` as the first if they have none of their own.

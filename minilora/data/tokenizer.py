@@ -12,6 +12,8 @@ import numpy as np
 from minilora.data.bpe import BPETokenizer
 from minilora.files.gguf import is_gguf, read_gguf
 from minilora.files.gguf_llama import find_smollm2
+from minilora.files.tokenizer_folder import copy_tokenizer
+from minilora.files.vocabulary import TOKENIZER_FILE
 from minilora.nn.gpt import GPT
 from minilora.nn.llama import Llama
 from minilora.nn.validate import token_ids
@@ -136,10 +138,22 @@ def load_tokenizer(name: str | Path = "base") -> CharTokenizer | BPETokenizer:
     path = find_smollm2() if name == "smollm2" else Path(name)
     if path.is_file() and is_gguf(path):
         return BPETokenizer.from_gguf(read_gguf(path, any_kind=True)[0])
-    return BPETokenizer.from_json(path / "tokenizer.json" if path.is_dir() else path)
+    return BPETokenizer.from_json(path / TOKENIZER_FILE if path.is_dir() else path)
 
 
 def tokenizer_of(model: GPT | Llama, name: str) -> CharTokenizer | BPETokenizer:
     """Load the tokenizer of a GPT or Llama that was loaded by a name; see `load_tokenizer`."""
     known = model.config.vocab_size == CharTokenizer.vocab_size
     return CharTokenizer() if known else load_tokenizer(name)
+
+
+def save_tokenizer(name: str, folder: str) -> None:
+    """Write the tokenizer of a base into a folder of transformers.
+
+    That of another folder is copied, of whatever kind it is. Raises CheckpointError, ValueError or
+    FileNotFoundError if the base has none that can be written.
+    """
+    if name != "smollm2" and Path(name).is_dir():
+        copy_tokenizer(Path(name), Path(folder))
+    elif isinstance(tokenizer := load_tokenizer(name), BPETokenizer):
+        tokenizer.save(folder)

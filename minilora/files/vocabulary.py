@@ -23,6 +23,7 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
 QWEN2 = LLAMA3.replace("{1,3}", "")
 GGUF_RULES = {"gpt-2": [GPT2], "smollm": [DIGIT, GPT2], "llama-bpe": [LLAMA3]}
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF
+TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 # What is allowed in a tokenizer.json, in its model, in a step of its pre_tokenizer, and so on.
 TOP = {"normalizer": (None,), "truncation": (None,), "padding": (None,)}
@@ -35,7 +36,8 @@ ADDED = {"single_word": (False,), "lstrip": (False,), "rstrip": (False,)}
 # These files write a byte as a letter: as itself if that is printable, else as one from U+0100 on.
 PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-BYTES = {256 + i: byte for i, byte in enumerate(OTHERS)} | dict.fromkeys(OTHERS, 0xFFFD)
+LETTERS = {byte: 256 + i for i, byte in enumerate(OTHERS)}
+BYTES = {letter: byte for byte, letter in LETTERS.items()} | dict.fromkeys(OTHERS, 0xFFFD)
 
 
 @dataclass
@@ -79,7 +81,7 @@ def read_vocabulary(path: Path, eos: str | None = None) -> Vocabulary:
     `eos` is the token that ends a text; without it, the eos_token of the tokenizer_config.json in
     the same folder, if there is one. Raises CheckpointError and FileNotFoundError.
     """
-    settings, beside = read_json(path), path.with_name("tokenizer_config.json")
+    settings, beside = read_json(path), path.with_name(TOKENIZER_CONFIG)
     if eos is None and beside.exists():
         eos = read_json(beside).get("eos_token")
         eos = eos.get("content") if isinstance(eos, dict) else eos
