@@ -6,14 +6,10 @@ import argparse
 
 from minilora.commands.options import MODEL_HELP, Command, Parser, filled, temperature, whole
 from minilora.data.generate import sample_tokens
-from minilora.data.tokenizer import save_tokenizer, tokenizer_of
+from minilora.data.tokenizer import save_model, tokenizer_of
 from minilora.files.bases import describe, load_adapted, load_model
-from minilora.files.checkpoint import save_checkpoint
-from minilora.files.llama import to_hf_llama
 from minilora.files.peft_read import load_adapter
-from minilora.files.safetensors import printable
 from minilora.lora.wrap import merge_lora
-from minilora.nn.llama import Llama
 
 
 def generate_options(parser: Parser) -> None:
@@ -73,16 +69,8 @@ def merge_command(args: argparse.Namespace) -> None:
     model = load_model(args.base)
     load_adapter(model, args.adapter)
     merge_lora(model, unload=True)
-    if isinstance(model, Llama):
-        to_hf_llama(model, args.out)
-    else:
-        save_checkpoint(model, args.out)
+    save_model(model, args.base, args.out)
     print(f"written to {args.out}: {model.num_parameters():,} parameters, A and B are merged")
-    if isinstance(model, Llama):
-        try:
-            save_tokenizer(args.base, args.out)
-        except (ValueError, FileNotFoundError) as error:  # the model is good without one
-            print(f"without a tokenizer: {printable(str(error))}")
 
 
 COMMANDS = {

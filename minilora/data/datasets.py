@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.data.bpe import ROLES
+from minilora.data.chat import ROLES
 
 Message = dict[str, str]
 Conversation = list[Message]

@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from minilora.data.bpe import END, BPETokenizer
+from minilora.data.bpe import BPETokenizer
 from minilora.data.cache import Cache, Unpacked, can_cache, whole_logits, worth_unpacking
+from minilora.data.chat import END
 from minilora.nn.gpt import GPT
 from minilora.nn.llama import Llama
 from minilora.nn.validate import Rng, check_flag, make_rng, token_ids

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from minilora.data.bpe import BPETokenizer
+from minilora.files.checkpoint import save_checkpoint
 from minilora.files.gguf import is_gguf, read_gguf
 from minilora.files.gguf_llama import find_smollm2
+from minilora.files.llama import to_hf_llama
 from minilora.files.tokenizer_folder import copy_tokenizer
 from minilora.files.vocabulary import TOKENIZER_FILE
 from minilora.nn.gpt import GPT
@@ -147,13 +149,19 @@ def tokenizer_of(model: GPT | Llama, name: str) -> CharTokenizer | BPETokenizer:
     return CharTokenizer() if known else load_tokenizer(name)
 
 
-def save_tokenizer(name: str, folder: str) -> None:
-    """Write the tokenizer of a base into a folder of transformers.
+def save_model(model: GPT | Llama, base: str, path: str | Path) -> None:
+    """Write a whole model: a GPT as a checkpoint, a Llama as a folder of transformers.
 
-    That of another folder is copied, of whatever kind it is. Raises CheckpointError, ValueError or
-    FileNotFoundError if the base has none that can be written.
+    The folder has the tokenizer of the base, copied if that is a folder, too. A warning says why if
+    there is none. Raises as `save_checkpoint` and `to_hf_llama` do.
     """
-    if name != "smollm2" and Path(name).is_dir():
-        copy_tokenizer(Path(name), Path(folder))
-    elif isinstance(tokenizer := load_tokenizer(name), BPETokenizer):
-        tokenizer.save(folder)
+    if not isinstance(model, Llama):
+        return save_checkpoint(model, path)
+    to_hf_llama(model, path)
+    try:
+        if base != "smollm2" and Path(base).is_dir():
+            copy_tokenizer(Path(base), Path(path))
+        elif isinstance(tokenizer := load_tokenizer(base), BPETokenizer):
+            tokenizer.save(path)
+    except (ValueError, FileNotFoundError) as error:  # the model is good without one
+        warnings.warn(f"{path} is without a tokenizer: {error}", stacklevel=2)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minilora.files.checkpoint import base_file, load_checkpoint, save_checkpoint
+from minilora.files.checkpoint import base_file, load_checkpoint
 from minilora.files.gguf import describe_gguf, is_gguf
 from minilora.files.gguf_llama import load_gguf
 from minilora.files.gpt2 import from_hf_gpt2
 from minilora.files.hf_folder import HF_CONFIG, weight_files
-from minilora.files.llama import from_hf_llama, to_hf_llama
+from minilora.files.llama import from_hf_llama
 from minilora.files.origin import WrongBase, origin, to_load
 from minilora.files.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from minilora.files.peft_read import describe_adapter, load_adapter, read_adapter
@@ -65,19 +65,6 @@ def load_adapted(name: str | None, adapter: str | None) -> tuple[GPT | Llama, st
     except WrongBase as error:
         raise ValueError(f"{adapter} was made for {error.base}: add --base {error.base}") from None
     return model, found
-
-
-def save_model(model: GPT | Llama, path: Path) -> Path:
-    """Write a whole model: a GPT as a checkpoint, a Llama as a folder of transformers.
-
-    Returns what was written, which `load_model` loads.
-    """
-    if isinstance(model, Llama):
-        to_hf_llama(model, path)
-        return path
-    path = path.with_name(f"{path.name}.safetensors")
-    save_checkpoint(model, path)
-    return path
 
 
 def describe(name: str) -> str:

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minilora.data.bpe import END, SYSTEM, BPETokenizer
+from minilora.data.bpe import BPETokenizer
 from minilora.data.cache import Unpacked, worth_unpacking
+from minilora.data.chat import END, SYSTEM
 from minilora.data.generate import sample_tokens
 from minilora.data.tokenizer import tokenizer_of
 from minilora.files.adapter_set import AdapterSet

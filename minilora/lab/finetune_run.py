@@ -19,14 +19,15 @@ from typing import Any
 
 from minilora.data.datasets import VALIDATION, Dataset, load_data
 from minilora.data.encoded import Text
-from minilora.data.tokenizer import tokenizer_of
-from minilora.files.bases import load_model, save_model
+from minilora.data.tokenizer import save_model, tokenizer_of
+from minilora.files.bases import load_model
 from minilora.files.peft_write import save_adapter
 from minilora.files.safetensors import check_writable, write_atomically
 from minilora.files.training_state import load_state, read_about, save_state
 from minilora.lab import plots
 from minilora.lab.finetune import KINDS, Job, Settings, prepare
 from minilora.lora.qlora import dequantize
+from minilora.nn.llama import Llama
 from minilora.train.history import History
 
 CHECKPOINT, STATE = "checkpoint", "state.safetensors"
@@ -201,7 +202,8 @@ def _write(
     """Write the result, remove the state, and return the names of the files."""
     losses = history.validation_losses
     if plan.settings.full:
-        written = [save_model(job.model, folder / MODEL).name]
+        written = [MODEL if isinstance(job.model, Llama) else f"{MODEL}.safetensors"]
+        save_model(job.model, plan.base, folder / written[0])
     else:
         save_adapter(job.model, folder, plan.base, losses[-1] if losses else None)
         written = ["adapter_config.json", "adapter_model.safetensors"]

@@ -10,7 +10,7 @@ from helpers_llama import TOKENIZER
 
 import minilora as ml
 from minilora.data.answers import conversation_example
-from minilora.data.bpe import END, START
+from minilora.data.chat import END, START
 from minilora.data.datasets import as_dataset, load_data, to_evaluate
 from minilora.data.encoded import Examples, Text
 from minilora.data.tokenizer import plain, plain_with_warning
