@@ -13,6 +13,7 @@ with one_thread_by_default():
 
 from minilora.data.answers import answer_loss
 from minilora.data.bpe import BPETokenizer
+from minilora.data.datasets import load_data
 from minilora.data.generate import generate, generate_batch
 from minilora.data.tokenizer import CharTokenizer, load_tokenizer
 from minilora.files.adapter_set import AdapterSet
@@ -22,6 +23,7 @@ from minilora.files.llama import from_hf_llama, to_hf_llama
 from minilora.files.peft_read import load_adapter
 from minilora.files.peft_write import save_adapter, save_peft
 from minilora.files.safetensors import load_safetensors, save_safetensors
+from minilora.lab.finetune import finetune
 from minilora.lora.adapter import Adapter, Factors, attach, get_adapter
 from minilora.lora.combine import compress, extract_lora, weighted_sum
 from minilora.lora.dora import DoRALinear
@@ -56,18 +58,19 @@ from minilora.train.loop import evaluate, fit
 from minilora.train.optim import SGD, AdamW
 from minilora.train.schedule import clip_grad_norm, cosine_schedule
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "GELU", "GPT", "MLP", "SGD", "AdamW", "Adapter", "AdapterSet", "BPETokenizer", "Block",
-    "CausalSelfAttention", "CharTokenizer", "CheckpointError", "DoRALinear", "Dropout", "Embedding",
-    "Factors", "GPTConfig", "History", "LayerNorm", "Linear", "LinearWithLoRA", "Llama",
-    "LlamaConfig", "LoRALayer", "Module", "ModuleList", "ModuleToSave", "Parameter", "RopeScaling",
-    "Sequential", "TiedHead", "answer_loss", "attach", "blas_threads", "clip_grad_norm", "compress",
-    "cosine_schedule", "cross_entropy", "dequantize", "evaluate", "extract_lora", "fit",
-    "from_hf_gpt2", "from_hf_llama", "generate", "generate_batch", "get_adapter", "gradcheck",
-    "load_adapter", "load_base", "load_checkpoint", "load_safetensors", "load_tokenizer",
-    "lora_state_dict", "merge_lora", "quantize", "remove_lora", "replace_linear_with_lora",
-    "save_adapter", "save_checkpoint", "save_peft", "save_safetensors", "set_blas_threads",
-    "stored_bytes", "to_hf_gpt2", "to_hf_llama", "unmerge_lora", "weighted_sum",
+    "CausalSelfAttention", "CharTokenizer", "CheckpointError", "DoRALinear", "Dropout",
+    "Embedding", "Factors", "GPTConfig", "History", "LayerNorm", "Linear", "LinearWithLoRA",
+    "Llama", "LlamaConfig", "LoRALayer", "Module", "ModuleList", "ModuleToSave", "Parameter",
+    "RopeScaling", "Sequential", "TiedHead", "answer_loss", "attach", "blas_threads",
+    "clip_grad_norm", "compress", "cosine_schedule", "cross_entropy", "dequantize", "evaluate",
+    "extract_lora", "finetune", "fit", "from_hf_gpt2", "from_hf_llama", "generate",
+    "generate_batch", "get_adapter", "gradcheck", "load_adapter", "load_base",
+    "load_checkpoint", "load_data", "load_safetensors", "load_tokenizer", "lora_state_dict",
+    "merge_lora", "quantize", "remove_lora", "replace_linear_with_lora", "save_adapter",
+    "save_checkpoint", "save_peft", "save_safetensors", "set_blas_threads", "stored_bytes",
+    "to_hf_gpt2", "to_hf_llama", "unmerge_lora", "weighted_sum",
 ]

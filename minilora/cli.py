@@ -52,6 +52,7 @@ def notes(command: str) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's: what matters is an error of ours
         warnings.showwarning = show
         yield
 

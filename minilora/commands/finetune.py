@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from minilora.commands.options import (
     positive,
     whole,
 )
+from minilora.files.bases import NAMES
 from minilora.files.settings import read_json
 from minilora.lab.finetune import KINDS
 from minilora.lab.finetune_run import CHECKPOINT, SAVE_EVERY, Outcome, Plan, check_new, planned, run
@@ -69,13 +71,13 @@ def finetune_command(args: argparse.Namespace) -> int:
     if args.resume:
         folder = Path(args.resume)
         plan = planned(folder)
-        _check_same(plan, given, args)
+        _check_same(plan, with_absolute_paths(given), args)
     else:
         if args.config:
             given = read_settings(args.config) | given
         if "data" not in given or not args.out:
             raise ValueError("finetune needs DATA and --out DIR, or --resume DIR")
-        folder, plan = Path(args.out), Plan.from_flat(given)
+        folder, plan = Path(args.out), Plan.from_flat(with_absolute_paths(given))
         check_new(folder, args.overwrite)
     outcome = run(plan, folder, bool(args.resume), not args.no_progress)
     if not outcome.files:
@@ -87,6 +89,13 @@ def finetune_command(args: argparse.Namespace) -> int:
         return 130
     _show(outcome, folder)
     return 0
+
+
+def with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that mean the same in another working directory."""
+    paths = {name: os.path.abspath(given[name]) for name in ("data", "val", "base")
+             if name in given and not (name == "base" and given[name] in NAMES)}
+    return given | paths
 
 
 def read_settings(path: str) -> dict[str, Any]:

@@ -87,12 +87,13 @@ class Examples:
         Pairs (ids, targets), as `conversation_example` returns them.
     prompts
         The ids (P,) of each conversation before its last answer.
-    answers
-        The last answers.
+    questions, answers
+        The last message before the last answer, and that answer.
     """
 
     rows: list[tuple[np.ndarray, np.ndarray]]
     prompts: list[np.ndarray]
+    questions: list[str]
     answers: list[str]
 
     @classmethod
@@ -103,7 +104,7 @@ class Examples:
 
         Raises ValueError if no answer is left.
         """
-        found, long = cls([], [], []), 0
+        found, long = cls([], [], [], []), 0
         for messages in conversations:
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
             ids, targets = conversation_example(tokenizer, messages)
@@ -112,6 +113,7 @@ class Examples:
             if (targets != IGNORE_INDEX).any():
                 found.rows.append((ids, targets))
                 found.prompts.append(tokenizer.chat(messages[:last]))
+                found.questions.append(messages[last - 1]["content"])
                 found.answers.append(messages[last]["content"])
         if long:
             lost = len(conversations) - len(found.rows)
@@ -132,8 +134,8 @@ class Examples:
         return self._some(order[count:]), self._some(order[:count])
 
     def _some(self, numbers: Sequence[int]) -> Self:
-        return type(self)(*([values[i] for i in numbers]
-                            for values in (self.rows, self.prompts, self.answers)))
+        columns = self.rows, self.prompts, self.questions, self.answers
+        return type(self)(*([values[i] for i in numbers] for values in columns))
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Yield batches without end, in a new order whenever all have been used."""

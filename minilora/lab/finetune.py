@@ -190,14 +190,11 @@ class Job:
         """
         data = self.held_out or self.training
         if isinstance(data, Examples):
-            prompts = data.prompts[:SHOWN]
-            new = answer_prompts(self.model, self.tokenizer, prompts, ANSWER)
-        else:
-            prompts, characters = [data.prompt], self.kind == "characters"
-            length, temperature = (200, 0.8) if characters else (40, 0.0)
-            ids = generate(self.model, data.prompt, length, temperature, top_k=20, rng=0)
-            new = [self.tokenizer.decode(ids[len(data.prompt):])]
-        return list(zip(map(self.tokenizer.decode, prompts), new, strict=True))
+            new = answer_prompts(self.model, self.tokenizer, data.prompts[:SHOWN], ANSWER)
+            return list(zip(data.questions, new, strict=False))
+        length, temperature = (200, 0.8) if self.kind == "characters" else (40, 0.0)
+        ids = generate(self.model, data.prompt, length, temperature, top_k=20, rng=0)
+        return [(self.tokenizer.decode(data.prompt), self.tokenizer.decode(ids[len(data.prompt):]))]
 
 
 def exact_answers(model: Llama, tokenizer: BPETokenizer, data: Examples) -> int:
@@ -214,11 +211,10 @@ def prepare(
     model: GPT | Llama, data: Any, validation: Any, tokenizer: Tokenizer | None, settings: Settings
 ) -> Job:
     """Return a job; see `finetune` for arguments and errors. The model is changed at the end."""
+    if not isinstance(model, (GPT, Llama)):
+        raise TypeError(f"finetune is for a GPT or a Llama, got {type(model).__name__}")
     s = settings
-    check_sizes("finetune", **{name: value for name, value in vars(s).items() if value is not None
-                               and name in ("rank", "steps", "batch_size", "context_length")})
-    if not 0.0 <= s.val_fraction < 1.0:
-        raise ValueError(f"val_fraction must be 0 or more and less than 1, got {s.val_fraction}")
+    _check(s)
     tokenizer = tokenizer or default_tokenizer(model)
     kind, rows = kind_of(model, data := dataset(data, "the data")), None
     s = with_usual(s, model, kind)
@@ -234,6 +230,17 @@ def prepare(
     _make_trainable(model, s)
     s = replace(s, threads=s.threads or threads_that_pay(model, [first]))
     return Job(model, tokenizer, kind, s, training, held_out)
+
+
+def _check(s: Settings) -> None:
+    """Raise ValueError or TypeError if a number is out of range."""
+    whole = ("rank", "steps", "batch_size", "context_length", "threads")
+    check_sizes("finetune", **{name: value for name in whole
+                               if (value := getattr(s, name)) is not None})
+    if not 0.0 <= s.val_fraction < 1.0:
+        raise ValueError(f"val_fraction must be 0 or more and less than 1, got {s.val_fraction}")
+    if s.lr is not None and not 0.0 < s.lr < float("inf"):
+        raise ValueError(f"lr must be above 0 and finite, got {s.lr}")
 
 
 def dataset(data: Any, name: str) -> Dataset:

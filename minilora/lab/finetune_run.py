@@ -32,6 +32,7 @@ from minilora.train.history import History
 
 CHECKPOINT, STATE = "checkpoint", "state.safetensors"
 RESULT, CURVE, SETTINGS = "finetune.json", "loss.png", "settings.json"
+SERIES = ("steps", "losses", "learning_rates", "seconds", "validation_steps", "validation_losses")
 MODEL = "model"  # a whole one, of full fine-tuning
 SAVE_EVERY = 50
 
@@ -209,7 +210,8 @@ def _write(
         written = ["adapter_config.json", "adapter_model.safetensors"]
     plots.save(plots.loss_curve(history, KINDS[job.kind].unit), folder / CURVE)
     write_atomically(folder / SETTINGS, json.dumps(plan.flat(), indent=1).encode())
-    record = {"history": asdict(history), "samples": [
+    record = {"history": {name: value for name, value in asdict(history).items() if name in SERIES},
+              "samples": [
         {"prompt": prompt, "before": old, "after": new}
         for (prompt, old), (_, new) in zip(before, after, strict=True)]}
     write_atomically(folder / RESULT, json.dumps(record, indent=1).encode())
