@@ -27,7 +27,7 @@ from minilora.train.parallel import Loss, threads_that_pay
 from minilora.train.schedule import cosine_schedule
 
 WARMUP = 20  # steps
-EVALUATIONS = 6  # during a run, besides those before and after it
+EVALUATIONS = 6  # of a run, the last at its end, besides the one before it
 SHOWN = 3  # prompts that are answered before and after
 ANSWER = 48  # tokens that such an answer may have
 
@@ -179,7 +179,7 @@ class Job:
             self.model, itertools.islice(self.training.batches(s.batch_size, s.seed), done, None),
             optimizer or self.optimizer(), s.steps,
             cosine_schedule(s.lr, s.steps, min(WARMUP, s.steps // 10)), clip_norm=1.0,
-            validation=held_out, validate_every=max(1, s.steps // EVALUATIONS), threads=s.threads,
+            validation=held_out, validate_every=-(-s.steps // EVALUATIONS), threads=s.threads,
             progress=progress, description="finetune", loss=self.loss, history=history,
             after_step=after_step)
 
