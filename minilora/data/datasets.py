@@ -22,12 +22,17 @@ LAYOUTS = '"prompt" and "completion", "messages", or "text"'
 TRAINING, VALIDATION, TEST = "train.jsonl", "valid.jsonl", "test.jsonl"  # of a folder
 
 
+def beside_training(path: str | Path, *parts: str) -> Path | None:
+    """Return the first of these files that a folder has beside its train.jsonl, or None."""
+    path = Path(path)
+    if not (path / TRAINING).exists():
+        return None
+    return next((path / part for part in parts if (path / part).exists()), None)
+
+
 def to_evaluate(path: str | Path) -> Path:
     """Return the part of some data that models are compared on: if there are parts, the test."""
-    path = Path(path)
-    if (path / TRAINING).exists():
-        return next((path / part for part in (TEST, VALIDATION) if (path / part).exists()), path)
-    return path
+    return beside_training(path, TEST, VALIDATION) or Path(path)
 
 
 def load_data(path: str | Path) -> Dataset:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minilora.data.datasets import VALIDATION, Dataset, load_data
+from minilora.data.datasets import VALIDATION, Dataset, beside_training, load_data
 from minilora.data.encoded import Text
 from minilora.data.tokenizer import save_model, tokenizer_of
 from minilora.files.bases import load_model
@@ -127,10 +127,9 @@ def usual_base(data: Dataset) -> str:
 
 def build(plan: Plan) -> tuple[Job, Plan]:
     """Load data and base, and return the job, and the plan with nothing left open."""
-    path = Path(plan.data)
-    data, val = load_data(path), plan.val
-    if val is None and (path / VALIDATION).exists():
-        val = str(path / VALIDATION)
+    data, val = load_data(plan.data), plan.val
+    if val is None and (found := beside_training(plan.data, VALIDATION)):
+        val = str(found)
     base = plan.base or usual_base(data)
     model = load_model(base)
     if plan.settings.full:
