@@ -144,6 +144,12 @@ def test_a_folder_of_parts_is_trained_validated_and_evaluated_on_its_parts(tmp_p
     assert capsys.readouterr().out == of_test
 
 
+def test_no_data_are_both_trained_and_validated_on(tmp_path, capsys):
+    pairs(tmp_path / "valid.jsonl", {"text": "no train.jsonl is beside it, so it is all there is"})
+    assert main(["finetune", str(tmp_path), "--out", str(tmp_path / "out"), *QUICK]) == 0
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["val"] is None
+
+
 def test_the_loss_of_eval_is_the_last_of_the_run(tmp_path, data, capsys):
     val = tmp_path / "val.txt"
     val.write_text(CODE[:400])
@@ -249,6 +255,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data, capsys, monkeypatch)
     capsys.readouterr()
     assert main(["finetune", "--resume", out]) == 2
     assert "its run is complete" in capsys.readouterr().err
+
+
+def test_full_fine_tuning_that_is_interrupted_names_no_adapter(tmp_path, data, capsys, monkeypatch):
+    monkeypatch.setattr(finetune_run, "save_state", stopping(finetune_run.save_state, calls=1))
+    assert main(["finetune", data, "--out", str(tmp_path / "out"), *QUICK, "--full"]) == 130
+    printed = capsys.readouterr().out
+    assert "minilora finetune --resume" in printed and "adapter" not in printed
 
 
 def stopping(function, calls):

@@ -84,8 +84,9 @@ def finetune_command(args: argparse.Namespace) -> int:
         done = len(outcome.history.steps)
         print(f"interrupted after {done} of {outcome.plan.settings.steps} steps; to go on"
               f"{'' if outcome.saved else ' from the last save'}:\n"
-              f"    minilora finetune --resume {folder}\n"
-              f"The adapter so far is in {folder / CHECKPOINT}.")
+              f"    minilora finetune --resume {folder}")
+        if not outcome.plan.settings.full:
+            print(f"The adapter so far is in {folder / CHECKPOINT}.")
         return 130
     _show(outcome, folder)
     return 0
