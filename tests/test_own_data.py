@@ -160,6 +160,8 @@ def test_the_loss_of_eval_is_the_last_of_the_run(tmp_path, data, capsys):
     loss = json.loads((tmp_path / "out" / "finetune.json").read_text())["history"][
         "validation_losses"][-1]
     assert capsys.readouterr().out.startswith(f"loss: {loss:.4f} nats per character\n")
+    assert main(["eval", str(val), "--adapter", out, "--context-length", "65"]) == 2
+    assert "a context of 64 tokens, not of 65" in capsys.readouterr().err
 
 
 def test_characters_that_are_left_out_are_one_line(tmp_path, capsys):

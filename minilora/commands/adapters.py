@@ -15,7 +15,6 @@ from minilora.commands.options import (
     temperature,
     whole,
 )
-from minilora.data.answers import answer_loss
 from minilora.data.datasets import load_data, to_evaluate
 from minilora.data.encoded import Examples
 from minilora.data.tokenizer import tokenizer_of
@@ -25,9 +24,16 @@ from minilora.files.peft_read import adapter_row
 from minilora.files.safetensors import printable
 from minilora.lab import markdown
 from minilora.lab.chat import chat
-from minilora.lab.finetune import KINDS, encode, exact_answers, kind_of
+from minilora.lab.finetune import (
+    KINDS,
+    Settings,
+    encode,
+    exact_answers,
+    kind_of,
+    loss_of,
+    with_usual,
+)
 from minilora.lab.finetune_run import usual_base
-from minilora.nn.llama import Llama
 from minilora.train.loop import evaluate
 
 BATCH_SIZE = 16
@@ -52,10 +58,9 @@ def eval_command(args: argparse.Namespace) -> None:
     model, base = load_adapted(args.base or (None if args.adapter else usual_base(data)),
                                args.adapter)
     kind, tokenizer = kind_of(model, data), tokenizer_of(model, base)
-    length = min(args.context_length or KINDS[kind].context_length, model.config.context_length)
-    encoded = encode(data, tokenizer, length)
-    given = answer_loss if isinstance(model, Llama) else None
-    loss = evaluate(model, encoded.evaluation(BATCH_SIZE), args.threads, given)
+    settings = with_usual(Settings(context_length=args.context_length), model, kind)
+    encoded = encode(data, tokenizer, settings.context_length)
+    loss = evaluate(model, encoded.evaluation(BATCH_SIZE), args.threads, loss_of(model))
     print(f"loss: {loss:.4f} {KINDS[kind].unit}")
     print(f"perplexity: {math.exp(loss):.4g}")
     if isinstance(encoded, Examples):
@@ -105,7 +110,8 @@ def list_command(args: argparse.Namespace) -> None:
             faults.append(f"{printable(name)}: {printable(str(error))}")
     if len(rows) > 1:
         print(markdown.table(rows, left=(0, 1, 3)))
-    print("\n".join(faults), end="\n" * bool(faults))
+    for fault in faults:
+        print(fault)
 
 
 COMMANDS = {

@@ -158,11 +158,6 @@ class Job:
     training: Text | Examples
     held_out: Text | Examples | None
 
-    @property
-    def loss(self) -> Loss | None:
-        """What a Llama is trained by; None for the cross-entropy of every next token."""
-        return answer_loss if isinstance(self.model, Llama) else None
-
     def optimizer(self) -> AdamW:
         """Return the optimizer for the beginning of a run."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -180,7 +175,7 @@ class Job:
             optimizer or self.optimizer(), s.steps,
             cosine_schedule(s.lr, s.steps, min(WARMUP, s.steps // 10)), clip_norm=1.0,
             validation=held_out, validate_every=-(-s.steps // EVALUATIONS), threads=s.threads,
-            progress=progress, description="finetune", loss=self.loss, history=history,
+            progress=progress, description="finetune", loss=loss_of(self.model), history=history,
             after_step=after_step)
 
     def samples(self) -> list[tuple[str, str]]:
@@ -200,7 +195,8 @@ class Job:
 def exact_answers(model: Llama, tokenizer: BPETokenizer, data: Examples) -> int:
     """Count the last answers that a model gives exactly, up to spaces."""
     longest = max(len(tokenizer.answer(text)) for text in data.answers)
-    given = answer_prompts(model, tokenizer, data.prompts, longest + 8)
+    most = longest + 8  # a model may spell the same text in more tokens
+    given = answer_prompts(model, tokenizer, data.prompts, most)
     return sum(a.split() == right.split() for a, right in zip(given, data.answers, strict=True))
 
 
@@ -213,17 +209,17 @@ def prepare(
     """Return a job; see `finetune` for arguments and errors. The model is changed at the end."""
     if not isinstance(model, (GPT, Llama)):
         raise TypeError(f"finetune is for a GPT or a Llama, got {type(model).__name__}")
-    s = settings
-    _check(s)
+    _check(settings)
     tokenizer = tokenizer or default_tokenizer(model)
-    kind, rows = kind_of(model, data := dataset(data, "the data")), None
-    s = with_usual(s, model, kind)
-    if validation is not None and kind_of(
-            model, rows := dataset(validation, "the validation data")) != kind:
-        raise ValueError("the validation data are of another kind than the data")
+    data = dataset(data, "the data")
+    kind = kind_of(model, data)
+    s = with_usual(settings, model, kind)
     training, held_out = encode(data, tokenizer, s.context_length), None
-    if rows is not None:
-        held_out = encode(rows, tokenizer, s.context_length)
+    if validation is not None:
+        validation = dataset(validation, "the validation data")
+        if kind_of(model, validation) != kind:
+            raise ValueError("the validation data are of another kind than the data")
+        held_out = encode(validation, tokenizer, s.context_length)
     elif s.val_fraction:
         training, held_out = training.split(s.val_fraction, s.seed)
     first = next(training.batches(s.batch_size, s.seed))
@@ -262,6 +258,11 @@ def kind_of(model: GPT | Llama, data: Dataset) -> str:
     if not isinstance(model, Llama):
         raise ValueError("prompts with answers need a language model, such as smollm2")
     return "conversations"
+
+
+def loss_of(model: GPT | Llama) -> Loss | None:
+    """Return the loss for `fit` and `evaluate`; None is the cross-entropy of every next token."""
+    return answer_loss if isinstance(model, Llama) else None
 
 
 def with_usual(settings: Settings, model: GPT | Llama, kind: str) -> Settings:
