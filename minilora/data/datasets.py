@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.data.chat import ROLES
+from minilora.data.chat import ROLES, Message
 
-Message = dict[str, str]
 Conversation = list[Message]
 Dataset = list[str] | list[Conversation]
 

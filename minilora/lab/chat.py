@@ -75,8 +75,8 @@ class Chat:
         message is too long for it.
         """
         model, tokenizer = self.adapters.model, self.tokenizer
-        said, limit = [*self.messages, {"role": "user", "content": text}], \
-            model.config.context_length - LEAST
+        said = [*self.messages, {"role": "user", "content": text}]
+        limit = model.config.context_length - LEAST
         while len(ids := tokenizer.chat(said, self.system)) > limit:
             if len(said) < 3:
                 raise ValueError(f"this is {len(ids)} tokens long, too long for the context of "

@@ -209,12 +209,11 @@ def _write(
         written = ["adapter_config.json", "adapter_model.safetensors"]
     plots.save(plots.loss_curve(history, KINDS[job.kind].unit), folder / CURVE)
     write_atomically(folder / SETTINGS, json.dumps(plan.flat(), indent=1).encode())
-    record = {"history": {name: value for name, value in asdict(history).items() if name in SERIES},
-              "samples": [
-        {"prompt": prompt, "before": old, "after": new}
-        for (prompt, old), (_, new) in zip(before, after, strict=True)]}
+    samples = [{"prompt": prompt, "before": old, "after": new}
+               for (prompt, old), (_, new) in zip(before, after, strict=True)]
+    record = {"history": {name: getattr(history, name) for name in SERIES}, "samples": samples}
     write_atomically(folder / RESULT, json.dumps(record, indent=1).encode())
-    (folder / CHECKPOINT / STATE).unlink()
+    (folder / CHECKPOINT / STATE).unlink()  # first: what is left cannot be resumed
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     return [*written, CURVE, SETTINGS, RESULT]
 
