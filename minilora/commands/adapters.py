@@ -47,9 +47,10 @@ def eval_options(parser: Parser) -> None:
         help=f"{MODEL_HELP} (default: the one that the adapter was made for; without an adapter, "
         "base for texts and smollm2 for prompts)")
     add("--adapter", type=filled, help="folder of an adapter")
-    add("--context-length", type=whole(1), help="tokens of a window, or the most of a "
+    add("--context-length", type=whole(1), help="tokens in a window of text, or the most in a "
         "conversation (default: as for finetune)")
-    add("--threads", type=whole(1), help="threads that share it (default: as many as pay off)")
+    add("--threads", type=whole(1),
+        help="threads that share the work (default: as many as pay off)")
 
 
 def eval_command(args: argparse.Namespace) -> None:
@@ -76,7 +77,7 @@ def chat_options(parser: Parser) -> None:
     add("--adapter", type=filled, action="append", default=[], metavar="[NAME=]DIR",
         help="folder of an adapter; several may be given, /adapter NAME switches between them")
     add("--system", help="the system message (default: that of the model's template; '' for none)")
-    add("--tokens", type=whole(1), default=256, help="most tokens of an answer (default: 256)")
+    add("--tokens", type=whole(1), default=256, help="most tokens in an answer (default: 256)")
     add("--temperature", type=temperature, default=0.0,
         help="0 always takes the likeliest token (default: 0)")
     add("--top-k", type=whole(1), default=20, help="draw from the k likeliest (default: 20)")

@@ -108,7 +108,8 @@ def teach_options(parser: Parser) -> None:
         help="learning rate (default: %(default)s)")
     add("--batch-size", type=whole(1), default=usual.batch_size,
         help="examples in a batch (default: %(default)s)")
-    add("--seed", type=whole(0), default=0, help="of A and of the examples' order (default: 0)")
+    add("--seed", type=whole(0), default=0,
+        help="seed of A and of the examples' order (default: 0)")
     add("--study", action="store_true", help=f"{len(STUDY)} lessons, each with settings of "
         "its own instead of those given; about 20 minutes")
     add("--out", type=filled, default="runs/teach", help="folder to write (default: %(default)s)")

@@ -33,18 +33,21 @@ OPTIONS = {
     "alpha": (positive, "LoRA alpha (default: twice the rank)"),
     "target-modules": (names, "names or globs of the layers to adapt, as in q_proj,v_proj "
                        "(default: every Linear)"),
-    "lr": (positive, "learning rate (default: {0.lr:g} for characters, {1.lr:g} for tokens; with "
-           "--full {0.full_lr:g}, {1.full_lr:g})"),
-    "steps": (whole(1), "training steps (default: {0.steps} for characters, {1.steps} for tokens)"),
-    "batch-size": (whole(1), "windows or conversations in a batch (default: {0.batch_size} for "
-                   "characters, {1.batch_size} for tokens, {2.batch_size} for conversations)"),
-    "context-length": (whole(1), "tokens of a window, or the most of a conversation (default: the "
-                       "base's for characters, {1.context_length} for tokens, "
-                       "{2.context_length} for conversations)"),
-    "seed": (whole(0), "of A and of the order of the data (default: 0)"),
+    "lr": (positive, "learning rate (default: {0.lr:g} for a character model, {1.lr:g} for a "
+           "language model; with --full, {0.full_lr:g} and {1.full_lr:g})"),
+    "steps": (whole(1), "training steps (default: {0.steps} for a character model, {1.steps} "
+              "for a language model)"),
+    "batch-size": (whole(1), "windows of text, or conversations, in a batch (default: "
+                   "{0.batch_size} for a character model; for a language model, "
+                   "{1.batch_size} windows or {2.batch_size} conversations)"),
+    "context-length": (whole(1), "tokens in a window of text, or the most in a conversation, whose "
+                       "end is cut off (default: all that a character model can take; for a "
+                       "language model, {1.context_length}, or {2.context_length} in a "
+                       "conversation)"),
+    "seed": (whole(0), "seed of A and of the order of the data (default: 0)"),
     "threads": (whole(1), "threads that share each batch (default: as many as pay off)"),
-    "save-every": (whole(0), "steps between two saves of the whole state; 0 for none "
-                   f"(default: {SAVE_EVERY})"),
+    "save-every": (whole(0), "steps between two saves of the whole state; with 0, only Ctrl-C "
+                   f"saves it (default: {SAVE_EVERY})"),
 }
 
 
@@ -57,14 +60,15 @@ def finetune_options(parser: Parser) -> None:
         add(f"--{name}", type=kind, help=text.format(*KINDS.values()))
     add("--full", action="store_true", default=None, help="train all weights, without LoRA")
     add("--config", type=filled, metavar="FILE", help="JSON with any of these settings, such as "
-        "the settings.json of an earlier run; options given here count more")
-    add("--resume", type=filled, metavar="DIR", help="go on with the run in this folder")
-    add("--overwrite", action="store_true", help="replace what is in the folder")
+        "the settings.json of an earlier run; options on the command line take precedence")
+    add("--resume", type=filled, metavar="DIR", help="go on with the run in this folder, "
+        "which was ended early")
+    add("--overwrite", action="store_true", help="write to --out even if something is in it")
     add("--no-progress", action="store_true", help="no progress bar")
 
 
 def finetune_command(args: argparse.Namespace) -> int:
-    """Fine-tune a base on your own data, or go on with that."""
+    """Fine-tune a base on your own data, or go on with a run that was ended early."""
     options = {name.replace("-", "_") for name in [*OPTIONS, "data", "full"]}
     given = {name: value for name, value in vars(args).items()
              if name in options and value is not None}

@@ -60,8 +60,8 @@ def merge_options(parser: Parser) -> None:
     add = parser.add_argument
     add("base", type=filled, help=MODEL_HELP)
     add("adapter", type=filled, help="folder of an adapter")
-    add("out", type=filled, help="checkpoint to write, in float32; of a Llama, a "
-        "folder of transformers with its tokenizer")
+    add("out", type=filled, help="checkpoint to write, in float32; for a Llama, a "
+        "folder as transformers writes it, with the tokenizer")
 
 
 def merge_command(args: argparse.Namespace) -> None:

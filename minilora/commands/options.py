@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from minilora.nn.validate import closest
 
 MODEL_HELP = "base, small, smollm2, a checkpoint, a GGUF file, or a folder saved by transformers"
-DATA_HELP = ("a text file, a folder of text files, or a .jsonl of prompts and completions, of chat "
-             "messages, or of texts")
+DATA_HELP = ("a text file, a folder of text files, or a .jsonl file with a prompt and a "
+             "completion, chat messages, or a text in each line")
 OPTION = re.compile(r"--?[a-zA-Z][\w-]*")  # unlike negative numbers
 
 
