@@ -18,7 +18,7 @@ from minilora.nn.functional import IGNORE_INDEX
 from minilora.train.parallel import Batch
 
 Tokenizer = CharTokenizer | BPETokenizer
-PROMPT = 32  # characters of a text that a sample begins with
+PROMPT = 32  # tokens of a text that a sample begins with
 
 
 @dataclass
@@ -42,7 +42,10 @@ class Text:
 
     @classmethod
     def encode(cls, texts: Sequence[str], tokenizer: Tokenizer, context_length: int) -> Self:
-        """Encode texts. Characters without a token are left out, and a warning names them."""
+        """Encode texts. Characters without a token are left out, and a warning names them.
+
+        Raises ValueError if fewer than 2 tokens are left.
+        """
         if isinstance(tokenizer, CharTokenizer):
             ids = tokenizer.encode(plain_with_warning("\n\n".join(texts)))
         else:
@@ -60,7 +63,10 @@ class Text:
         return cls(ids, length, ids[: min(length, PROMPT)])
 
     def split(self, share: float, seed: int = 0) -> tuple[Self, Self]:
-        """Return the beginning, and the end with this share of the tokens."""
+        """Return the beginning, and the end with this share of the tokens.
+
+        Nothing is drawn, so `seed` has no effect. Raises ValueError if the text is too short.
+        """
         cut = len(self.ids) - max(2, round(share * len(self.ids)))
         if cut < 2:
             raise ValueError(f"a text of {len(self.ids)} tokens is too short to hold out a part")
@@ -84,7 +90,7 @@ class Examples:
     Attributes
     ----------
     rows
-        Pairs (ids, targets), as `conversation_example` returns them.
+        Pairs (ids, targets), both (T,), as `conversation_example` returns them.
     prompts
         The ids (P,) of each conversation before its last answer.
     questions, answers
@@ -126,7 +132,10 @@ class Examples:
         return found
 
     def split(self, share: float, seed: int = 0) -> tuple[Self, Self]:
-        """Return some for training, and others with this share of them, drawn at random."""
+        """Return some for training, and others, this share of all, drawn at random.
+
+        Raises ValueError if none would be left for training.
+        """
         count = max(1, round(share * len(self.rows)))
         if count >= len(self.rows):
             raise ValueError(f"{len(self.rows)} conversations are too few to hold some out")

@@ -42,11 +42,11 @@ class Usual:
         Learning rates with LoRA and for full fine-tuning.
     steps, batch_size : int
     context_length : int
-        Tokens that are read of a text at once, or of a conversation in all.
+        Tokens in a window of text, or the most in a conversation; the model's own, if it has less.
     held_out : int
-        The largest number of windows or conversations that an evaluation during a run takes.
+        The most held-out windows or conversations that a run evaluates at a time.
     unit : str
-        Of the losses.
+        Unit of the losses.
     """
 
     lr: float
@@ -83,7 +83,7 @@ class Settings:
     val_fraction : float
         The share of the data that is held out, if no other data are given for that; 0 for none.
     seed : int
-        Of A, and of the order of the data.
+        Of A, of the order of the data, and of which conversations are held out.
     threads : int
         That share each batch; by default as many as pay off.
     """
@@ -105,12 +105,13 @@ def finetune(
     model: GPT | Llama, data: Any, validation: Any = None, tokenizer: Tokenizer | None = None,
     progress: bool = True, **settings: Any,
 ) -> History:
-    """Fine-tune a model on your own data. It has a trained adapter afterwards.
+    """Fine-tune a model on your own data. Afterwards it has a trained adapter, unless `full`.
 
     Parameters
     ----------
     model : GPT or Llama
-        A base. If it has LoRA layers already, these are trained.
+        A base. If it has LoRA layers already, these are trained, whatever `rank`, `alpha` and
+        `target_modules` are.
     data : str, sequence or Path
         A text or several; pairs (prompt, answer) or conversations, for a Llama; see `as_dataset`.
         Or the path of such data; see `load_data`.
@@ -126,7 +127,8 @@ def finetune(
     Returns
     -------
     History
-        Its first and last validation losses are from before and after the training.
+        Its first and last validation losses are from before and after the training; there are
+        none if nothing is held out.
 
     Raises
     ------
@@ -159,7 +161,7 @@ class Job:
     held_out: Text | Examples | None
 
     def optimizer(self) -> AdamW:
-        """Return the optimizer for the beginning of a run."""
+        """Return a new optimizer, as for the beginning of a run."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return AdamW(trained, self.settings.lr, weight_decay=0.0)
 
@@ -179,7 +181,7 @@ class Job:
             after_step=after_step)
 
     def samples(self) -> list[tuple[str, str]]:
-        """Return held-out prompts and how the model continues or answers them now.
+        """Return prompts, held out if any data are, and how the model continues them now.
 
         The draws are the same each time.
         """
@@ -193,7 +195,7 @@ class Job:
 
 
 def exact_answers(model: Llama, tokenizer: BPETokenizer, data: Examples) -> int:
-    """Count the last answers that a model gives exactly, up to spaces."""
+    """Count the last answers that a model gives exactly, but for white space."""
     longest = max(len(tokenizer.answer(text)) for text in data.answers)
     most = longest + 8  # a model may spell the same text in more tokens
     given = answer_prompts(model, tokenizer, data.prompts, most)

@@ -82,7 +82,7 @@ class Outcome:
     saved : bool
         Whether an interrupted run can go on from its last step.
     before, after : list of (prompt, text)
-        Held-out prompts, and how the model continued them.
+        What `Job.samples` returned.
     files : list of str
         The result, in the folder; empty if the run was interrupted.
     """
