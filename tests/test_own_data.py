@@ -455,6 +455,13 @@ def test_a_conversation_switches_between_adapters(llama, two, monkeypatch, capsy
         f"* none\n  one\n  two\n(with the adapter one)\n{one}\n")
 
 
+def test_only_the_first_sign_separates_a_name_from_its_folder(tmp_path, two, monkeypatch, capsys):
+    folder = str(tmp_path / "lr=0.1")
+    shutil.copytree(two[0], folder)
+    status, printed = talk(monkeypatch, capsys, ["/adapter"], "--adapter", f"mine={folder}")
+    assert status == 0 and printed.out == "  none\n* mine\n" and not printed.err
+
+
 def test_a_conversation_is_remembered_until_it_is_cleared(llama, monkeypatch, capsys):
     seen = []
 
@@ -497,13 +504,13 @@ def test_what_is_wrong_in_a_conversation_is_said_and_it_goes_on(llama, two, monk
              "/adapter a b"]
     status, printed = talk(monkeypatch, capsys, lines, "--base", llama)
     out = printed.out.splitlines()
-    assert status == 0 and out[0].startswith("(/adpater is no command")
+    assert status == 0 and out[0].startswith("(/adpater is not a command")
     assert out[1].startswith("(there is no adapter at nowhere") and "/quit" in printed.out
     assert "(with the adapter two)" in out and "too long for the context" in out[-2]
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--base", "small"], "small is a GPT; to chat takes a language model"),
+    (["--base", "small"], "small is a GPT; chat needs a language model"),
     (["--base", "nowhere"], "nowhere"), (["--adapter", "nowhere"], "no adapter at"),
     (["--base", "{llama}", "--adapter", "none={one}"], "cannot have the name 'none'"),
     (["--base", "{llama}", "--adapter", "{one}", "--adapter", "{one}"], "'one' exists already"),

@@ -50,8 +50,7 @@ class Chat:
 
     def add(self, given: str) -> str:
         """Load an adapter, "NAME=DIR" or "DIR", and return its name."""
-        name, equals, folder = given.partition("=")
-        name, folder = (name, folder) if equals else (Path(given).resolve().name, given)
+        name, folder = named(given)
         if name == NONE or not name:
             raise ValueError(f"an adapter cannot have the name {name!r}: give one by NAME=DIR")
         self.adapters.add(name, folder)
@@ -94,6 +93,12 @@ class Chat:
             self.messages = [*said, {"role": "assistant", "content": "".join(parts)}]
 
 
+def named(given: str) -> tuple[str, str]:
+    """Return name and folder of "NAME=DIR", or of "DIR", which is named as the folder is."""
+    name, equals, folder = given.partition("=")
+    return (name, folder) if equals else (Path(given).resolve().name, given)
+
+
 def chat(
     base: str | None, adapters: Sequence[str], system: str | None, max_new_tokens: int,
     temperature: float, top_k: int, seed: int,
@@ -117,12 +122,12 @@ def chat(
         If the base is not a language model, or if an adapter does not fit it.
     """
     if base is None:
-        first = adapters[0].rpartition("=")[2] if adapters else ""
+        first = named(adapters[0])[1] if adapters else ""
         made = origin(read_adapter(first)[0]) if first else Origin()
         base = to_load(made, first, "smollm2")
     model = load_model(base)
     if not isinstance(model, Llama):
-        raise ValueError(f"{base} is a GPT; to chat takes a language model, such as smollm2")
+        raise ValueError(f"{base} is a GPT; chat needs a language model, such as smollm2")
     tokenizer = tokenizer_of(model, base)
     talk = Chat(model, tokenizer, SYSTEM if system is None else system or None, max_new_tokens,
                 temperature, top_k, seed)
@@ -181,4 +186,4 @@ def _command(talk: Chat, line: str) -> None:
         case ["/help"]:
             print(HELP)
         case _:
-            print(f"({line.split()[0]} is no command; /help shows what there is)")
+            print(f"({line.split()[0]} is not a command; /help shows what there is)")
