@@ -92,9 +92,9 @@ class Examples:
     rows
         Pairs (ids, targets), both (T,), as `conversation_example` returns them.
     prompts
-        The ids (P,) of each conversation before its last answer.
+        The ids (P,) of each conversation before its last answer, of those that are not cut off.
     questions, answers
-        The last message before the last answer, and that answer.
+        The last message before that answer, and the answer.
     """
 
     rows: list[tuple[np.ndarray, np.ndarray]]
@@ -112,13 +112,13 @@ class Examples:
         """
         found, long = cls([], [], [], []), 0
         for messages in conversations:
-            last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
             ids, targets = conversation_example(tokenizer, messages)
             long += len(ids) > context_length
             ids, targets = ids[:context_length], targets[:context_length]
             if (targets != IGNORE_INDEX).any():
+                last, prompt = _last_answer(messages, tokenizer, context_length)
                 found.rows.append((ids, targets))
-                found.prompts.append(tokenizer.chat(messages[:last]))
+                found.prompts.append(prompt)
                 found.questions.append(messages[last - 1]["content"])
                 found.answers.append(messages[last]["content"])
         if long:
@@ -153,3 +153,12 @@ class Examples:
     def evaluation(self, batch_size: int, most: int | None = None) -> list[Batch]:
         """Return batches of all, or of the first `most`."""
         return padded_batches(self.rows[:most], batch_size)
+
+
+def _last_answer(
+    messages: Conversation, tokenizer: BPETokenizer, context_length: int
+) -> tuple[int, np.ndarray]:
+    """Return the index of the last answer that begins within the context, and the ids before."""
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    return next((i, prompt) for i in reversed(answers)
+                if len(prompt := tokenizer.chat(messages[:i])) <= context_length)

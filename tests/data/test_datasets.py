@@ -173,6 +173,14 @@ def test_conversations_that_are_too_long_are_cut_and_counted():
         Examples.encode([short], TOKENIZER, 9)
 
 
+def test_the_answer_to_compare_with_is_the_last_that_begins_within_the_context():
+    messages = [BE, HI, YO, {**HI, "content": "x" * 90}, {**YO, "content": "never"}]
+    with pytest.warns(UserWarning, match="1 of 1 conversations are longer"):
+        found = Examples.encode([messages], TOKENIZER, 60)
+    assert (found.questions, found.answers) == (["hi"], ["yo"])
+    np.testing.assert_array_equal(found.prompts[0], TOKENIZER.chat(messages[:2]))
+
+
 def test_some_conversations_are_held_out_at_random_and_none_is_in_both_parts():
     rows = [[BE, {**HI, "content": str(i)}, {**YO, "content": str(i)}] for i in range(20)]
     data = Examples.encode(rows, TOKENIZER, 100)
