@@ -96,6 +96,7 @@ def test_what_only_some_commands_need_may_be_missing(versions, monkeypatch, caps
 
 
 def test_pydoc_data_without_its_parent(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pydoc_data.topics", raising=False)
     monkeypatch.setitem(sys.modules, "pydoc_data", None)
     assert doctor.docs().state == doctor.MISSING
 
