@@ -198,6 +198,7 @@ class DataParallel:
     def _models(self, batches: list[Batch]) -> list[Module]:
         """Return the model and one replica for each further thread."""
         threads = self.threads or threads_that_pay(self.models[0], batches)
+        threads = min(threads, max(len(batches), *(len(ids) for ids, _ in batches)))  # shares
         if threads > 1 and not can_start_threads():
             threads = 1
         if threads > 1 and len(self.models) == 1:
