@@ -16,6 +16,7 @@ from minilora.train.history import History
 from minilora.train.optim import Optimizer
 
 RUN = "run"  # the key in the metadata
+EACH_STEP = "steps", "losses", "learning_rates", "seconds"  # what a record has of each step
 
 
 def save_state(
@@ -69,12 +70,14 @@ def load_state(path: str | Path, model: Module, optimizer: Optimizer) -> History
         if bad := [name for name, p in trained.items() if p.shape != arrays[name].shape]:
             raise ValueError(f"{bad[0]} has another shape")
         history = History(**run["history"])
+        if len({len(getattr(history, series)) for series in EACH_STEP}) > 1:
+            raise ValueError("its record has gaps")
         optimizer.load_state_dict({"param_groups": run["groups"], "state": {
             int(i): {"step": step, "moments": _moments(tensors, i)}
             for i, step in run["steps"].items()}})
         for name, generator in generators.items():
             generator.bit_generator.state = run["generators"][name]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         fault = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path} is not a state of this run: {fault}") from None
     for name, p in trained.items():

@@ -53,7 +53,7 @@ class Resumable:
         """
         try:
             self.param_groups, self.state, self.steps = self._checked(given)
-        except (KeyError, IndexError, AttributeError) as error:
+        except (KeyError, IndexError, AttributeError, OverflowError) as error:
             raise ValueError(f"this is not the state of an optimizer: {error}") from None
 
     def _checked(self, given: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -74,6 +74,8 @@ class Resumable:
                 raise ValueError(f"the moments of parameter {i} have the shapes "
                                  f"{[a.shape for a in moments]}, the parameter has {p.shape}")
             state[p], steps[p] = [np.array(a, p.dtype) for a in moments], int(entry["step"])
+        if len(counts := {len(moments) for moments in state.values()}) > 1:
+            raise ValueError(f"some parameters have {min(counts)} moments, others {max(counts)}")
         return groups, state, steps
 
 
