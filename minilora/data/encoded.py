@@ -108,8 +108,10 @@ class Examples:
     ) -> Self:
         """Encode conversations and cut them to `context_length`; a warning says how many are cut.
 
-        Raises ValueError if no answer is left.
+        Raises ValueError if no answer is left, or if the tokenizer has no chat template.
         """
+        if not isinstance(tokenizer, BPETokenizer):
+            raise ValueError("a tokenizer of characters has no chat template for conversations")
         found, long = cls([], [], [], []), 0
         for messages in conversations:
             ids, targets = conversation_example(tokenizer, messages)

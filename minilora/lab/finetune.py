@@ -256,7 +256,8 @@ def default_tokenizer(model: GPT | Llama) -> CharTokenizer:
 def kind_of(model: GPT | Llama, data: Dataset) -> str:
     """Return the key in `KINDS`. Raises ValueError if the model cannot be trained on such data."""
     if isinstance(data[0], str):
-        return "text" if isinstance(model, Llama) else "characters"
+        known = isinstance(model, GPT) and model.config.vocab_size == CharTokenizer.vocab_size
+        return "characters" if known else "text"
     if not isinstance(model, Llama):
         raise ValueError("prompts with answers need a language model, such as smollm2")
     return "conversations"
