@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
+
+import numpy as np
 
 from minilora.commands.options import (
     DATA_HELP,
@@ -63,7 +64,7 @@ def eval_command(args: argparse.Namespace) -> None:
     encoded = encode(data, tokenizer, settings.context_length)
     loss = evaluate(model, encoded.evaluation(BATCH_SIZE), args.threads, loss_of(model))
     print(f"loss: {loss:.4f} {KINDS[kind].unit}")
-    print(f"perplexity: {math.exp(loss):.4g}")
+    print(f"perplexity: {np.exp(loss):.4g}")
     if isinstance(encoded, Examples):
         right = exact_answers(model, tokenizer, encoded)
         print(f"answers that are exactly right: {right} of {len(encoded.answers)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def origin(settings: dict[str, Any]) -> Origin:
         name = None
     ours = {public: ours for ours, public in PUBLIC.items()}
     name = shipped().get(mark or "") or ours.get(name or "", name)
-    loss = loss if isinstance(loss, (int, float)) and np.isfinite(loss) else None
+    loss = loss if isinstance(loss, float) and np.isfinite(loss) else None
     return Origin(name, mark, loss)
 
 
@@ -120,7 +121,7 @@ def to_load(made: Origin, path: str | Path, default: str = "base") -> str:
 
     Raises ValueError if the base is known, but is neither shipped nor a path that there is.
     """
-    if made.base is None or made.base in shipped().values() or Path(made.base).exists():
+    if made.base is None or made.base in shipped().values() or os.path.exists(made.base):
         return made.base or default
     raise ValueError(f"{path} was made for {made.base}, which is not here: add --base with the "
                      "path of that model")

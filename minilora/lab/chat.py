@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -96,7 +97,9 @@ class Chat:
 def named(given: str) -> tuple[str, str]:
     """Return name and folder of "NAME=DIR", or of "DIR", which is named as the folder is."""
     name, equals, folder = given.partition("=")
-    return (name, folder) if equals else (Path(given).resolve().name, given)
+    if equals and not os.path.isdir(given):  # a folder may have "=" in its name
+        return name, folder
+    return Path(given).resolve().name, given
 
 
 def chat(
@@ -129,9 +132,11 @@ def chat(
     if not isinstance(model, Llama):
         raise ValueError(f"{base} is a GPT; chat needs a language model, such as smollm2")
     tokenizer = tokenizer_of(model, base)
+    if not isinstance(tokenizer, BPETokenizer):
+        raise ValueError(f"{base} has a tokenizer of characters, so it has no chat template")
     talk = Chat(model, tokenizer, SYSTEM if system is None else system or None, max_new_tokens,
                 temperature, top_k, seed)
-    tokenizer.chat("", talk.system)  # for its error, if it has no template
+    tokenizer.chat("", talk.system)  # for its error, if it has not the template's tokens
     names = [talk.add(given) for given in adapters]
     if names:
         talk.switch(names[0])
@@ -142,6 +147,10 @@ def chat(
 
 
 def _loop(talk: Chat) -> None:
+    if sys.stdin is None:
+        raise ValueError("there is no standard input to read from")
+    if reconfigure := getattr(sys.stdin, "reconfigure", None):
+        reconfigure(errors="replace")  # what is no text would end the conversation
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):  # not on Windows
@@ -172,7 +181,7 @@ def _say(talk: Chat, line: str) -> None:
 
 
 def _command(talk: Chat, line: str) -> None:
-    match line.split():
+    match line.split(maxsplit=1):  # a name may have spaces
         case ["/adapter"]:
             print(talk.listing())
         case ["/adapter", name]:
