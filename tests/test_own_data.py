@@ -174,13 +174,13 @@ def test_characters_that_are_left_out_are_one_line(tmp_path, capsys):
 
 WRONG = [
     ([], "finetune needs DATA and --out DIR"), (["{data}"], "finetune needs DATA and --out DIR"),
-    (["nowhere", "--out", "{out}"], "/nowhere\n"),
+    (["nowhere", "--out", "{out}"], "no file or folder nowhere\n"),
     (["{data}", "--out", "{data}"], "notes.txt is a file, not a folder"),
     (["{data}", "--out", "{full}"], "full has something in it already: add --overwrite to"),
-    (["{data}", "--out", "{out}", "--base", "smal"], "smal"),
+    (["{data}", "--out", "{out}", "--base", "smal"], "did you mean 'small'?"),
     (["{data}", "--out", "{out}", "--target-modules", "q_porj"], "did you mean 'q_proj'"),
     (["{data}", "--out", "{out}", "--context-length", "129"], "a context of 128 tokens, not of"),
-    (["{data}", "--out", "{out}", "--val", "nowhere"], "/nowhere\n"),
+    (["{data}", "--out", "{out}", "--val", "nowhere"], "no file or folder nowhere\n"),
     (["{data}", "--out", "{out}", "--val", "{pairs}"], "prompts with answers need a language"),
     (["{pairs}", "--out", "{out}", "--base", "small"], "prompts with answers need a language"),
     (["{data}", "--out", "{out}", "--config", "nowhere"], "No such file or directory: nowhere"),
@@ -309,7 +309,7 @@ def test_after_a_second_ctrl_c_the_last_save_stands(tmp_path, data, capsys, monk
     (["--rank", "3"], "began with --rank 8, and cannot go on with 3: leave it out"),
     (["--out", "elsewhere"], "--resume takes everything from its folder"),
     (["--overwrite"], "--resume takes everything from its folder"),
-    (["--full"], "began with --full False"), (["other.txt"], "began with --data")])
+    (["--full"], "began with --full False"), (["other.txt"], "began with DATA /")])
 def test_a_run_cannot_go_on_with_other_settings(tmp_path, data, capsys, monkeypatch, change, words):
     out = interrupted(tmp_path, data, monkeypatch)
     assert main(["finetune", "--resume", out, *change]) == 2
@@ -318,10 +318,10 @@ def test_a_run_cannot_go_on_with_other_settings(tmp_path, data, capsys, monkeypa
     assert main(["finetune", "--resume", out, *same_options]) == 0
 
 
-def interrupted(tmp_path, data, monkeypatch):
+def interrupted(tmp_path, data, monkeypatch, options=QUICK):
     with monkeypatch.context() as patch:
         patch.setattr(finetune_run, "save_state", stopping(finetune_run.save_state, calls=1))
-        assert main(["finetune", data, "--out", str(tmp_path / "out"), *QUICK]) == 130
+        assert main(["finetune", data, "--out", str(tmp_path / "out"), *options]) == 130
     return str(tmp_path / "out")
 
 

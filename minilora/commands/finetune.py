@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +85,13 @@ def finetune_command(args: argparse.Namespace) -> int:
         if "data" not in given or not args.out:
             raise ValueError("finetune needs DATA and --out DIR, or --resume DIR")
         folder, plan = Path(args.out), Plan.from_flat(with_absolute_paths(given))
-        check_new(folder, args.overwrite)
+        check_new(folder, args.overwrite, Path(plan.data))
     outcome = run(plan, folder, bool(args.resume), not args.no_progress)
     if not outcome.files:
         done = len(outcome.history.steps)
         print(f"interrupted after {done} of {outcome.plan.settings.steps} steps; to go on"
               f"{'' if outcome.saved else ' from the last save'}:\n"
-              f"    minilora finetune --resume {folder}")
+              f"    minilora finetune --resume {shlex.quote(str(folder))}")
         if not outcome.plan.settings.full:
             print(f"The adapter so far is in {folder / CHECKPOINT}.")
         return 130
@@ -99,7 +102,8 @@ def finetune_command(args: argparse.Namespace) -> int:
 def with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     """Return settings that mean the same in another working directory."""
     paths = {name: os.path.abspath(given[name]) for name in ("data", "val", "base")
-             if name in given and not (name == "base" and given[name] in NAMES)}
+             if name in given and not (name == "base" and given[name] in NAMES)
+             and os.path.exists(given[name])}  # if not, an error shows what was typed
     return given | paths
 
 
@@ -115,11 +119,23 @@ def read_settings(path: str) -> dict[str, Any]:
         if value is None:
             continue
         try:
-            text = ",".join(value) if isinstance(value, list) else str(value)
-            settings[name] = known[name](text) if known[name] else bool(value)
-        except (argparse.ArgumentTypeError, TypeError) as error:
+            settings[name] = _setting(value, known[name])
+        except (argparse.ArgumentTypeError, ValueError) as error:
             raise ValueError(f"{path}: {key}: {error}") from None
     return settings
+
+
+def _setting(value: Any, kind: Callable[[str], Any] | None) -> Any:
+    """Return a value of a JSON file as its option would be; `kind` is None for a flag."""
+    if kind is None:
+        if not isinstance(value, bool):
+            raise ValueError(f"{json.dumps(value)[:80]} is neither true nor false")
+        return value
+    several = kind is names and isinstance(value, list) and all(isinstance(v, str) for v in value)
+    number = type(value) in (int, float) and kind not in (names, filled)
+    if not (several or number or isinstance(value, str)):
+        raise ValueError(f"{json.dumps(value)[:80]} is of the wrong type")
+    return kind(",".join(value) if several else str(value))
 
 
 def _check_same(plan: Plan, given: dict[str, Any], args: argparse.Namespace) -> None:
@@ -129,8 +145,9 @@ def _check_same(plan: Plan, given: dict[str, Any], args: argparse.Namespace) -> 
                          "and --overwrite")
     for name, value in given.items():
         if (old := plan.flat()[name]) != (list(value) if isinstance(value, tuple) else value):
-            raise ValueError(f"the run in {args.resume} began with --{name.replace('_', '-')} "
-                             f"{old}, and cannot go on with {value}: leave it out")
+            option = "DATA" if name == "data" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"the run in {args.resume} began with {option} {old}, and cannot go "
+                             f"on with {value}: leave it out")
 
 
 def _show(outcome: Outcome, folder: Path) -> None:

@@ -10,8 +10,10 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +23,8 @@ from minilora.data.datasets import VALIDATION, Dataset, beside_training, load_da
 from minilora.data.encoded import Text
 from minilora.data.tokenizer import save_model, tokenizer_of
 from minilora.files.bases import load_model
+from minilora.files.origin import fingerprint
+from minilora.files.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from minilora.files.peft_write import save_adapter
 from minilora.files.safetensors import check_writable, write_atomically
 from minilora.files.training_state import load_state, read_about, save_state
@@ -28,6 +32,7 @@ from minilora.lab import plots
 from minilora.lab.finetune import KINDS, Job, Settings, prepare
 from minilora.lora.qlora import dequantize
 from minilora.nn.llama import Llama
+from minilora.nn.validate import CheckpointError
 from minilora.train.history import History
 
 CHECKPOINT, STATE = "checkpoint", "state.safetensors"
@@ -107,15 +112,27 @@ def checkpoint_of(folder: Path) -> Path:
 
 def planned(folder: Path) -> Plan:
     """Return the plan of the run in a folder, to be resumed."""
-    return Plan.from_flat(read_about(checkpoint_of(folder))["plan"])
+    state = checkpoint_of(folder)
+    about = read_about(state)
+    try:
+        if about.keys() >= {"data", "base", "before"}:
+            return Plan.from_flat(about["plan"])
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise CheckpointError(f"{state} was written by another version of minilora, or is damaged")
 
 
-def check_new(folder: Path, overwrite: bool) -> None:
-    """Raise an error unless a new run may be written to a folder."""
+def check_new(folder: Path, overwrite: bool, data: Path) -> None:
+    """Raise an error unless a new run on some data may be written to a folder."""
+    whole = data.is_dir() and not (data / TRAINING).exists()  # not only some parts are read
+    if whole and folder.resolve().is_relative_to(data.resolve()):
+        raise ValueError(f"{folder} is inside of {data}: what is written there would be among the "
+                         "data, so choose another --out")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder to write")
     if folder.is_dir() and not overwrite and any(folder.iterdir()):
-        on = f", or --resume {folder} to go on" if (folder / CHECKPOINT / STATE).exists() else ""
+        on = (f", or --resume {shlex.quote(str(folder))} to go on"
+              if (folder / CHECKPOINT / STATE).exists() else "")
         raise ValueError(f"{folder} has something in it already: add --overwrite to replace "
                          f"it{on}")
 
@@ -147,16 +164,17 @@ def run(plan: Plan, folder: Path, resume: bool = False, progress: bool = True) -
     """
     job, plan = build(plan)
     state, optimizer = folder / CHECKPOINT / STATE, job.optimizer()
-    about = {"plan": plan.flat(), "data": digest(job)}
+    about = {"plan": plan.flat(), "data": digest(job), "base": fingerprint(job.model)}
     history, saved = History(), True
+    for name in (*_written(job), RESULT, CURVE, SETTINGS):  # what cannot be written is found now
+        check_writable(folder / name)
     if resume:
         old = read_about(state)
-        if old["data"] != about["data"]:
-            raise ValueError(f"{plan.data} has changed since the run began, so it cannot go on")
+        for part, path in (("data", plan.data), ("base", plan.base)):
+            if old.get(part) != about[part]:
+                raise ValueError(f"{path} has changed since the run began, so it cannot go on")
         history, about = load_state(state, job.model, optimizer), old
     else:
-        for name in (RESULT, CURVE, SETTINGS):  # what cannot be written is found now
-            check_writable(folder / name)
         about["before"] = job.samples()
 
     def save(record: History) -> None:
@@ -178,20 +196,23 @@ def run(plan: Plan, folder: Path, resume: bool = False, progress: bool = True) -
         if not resume:
             save(history)
         history = job.train(progress, optimizer, history, after_step)
-    before = [tuple(pair) for pair in about["before"]]
+    before = [(prompt, text) for prompt, text in about["before"]]
     if history.interrupted:
         return Outcome(job, plan, history, before, [], [], saved)
-    after = job.samples()
-    files = _write(folder, job, plan, history, before, after)
+    try:
+        after = job.samples()
+        files = _write(folder, job, plan, history, before, after)
+    except KeyboardInterrupt:  # the state is still there
+        return Outcome(job, plan, history, before, [], [], True)
     return Outcome(job, plan, history, before, after, files, True)
 
 
 def digest(job: Job) -> str:
     """Return a text that differs for any other data."""
     found = hashlib.sha256()
-    for part in (job.training, job.held_out):
+    for part in filter(None, (job.training, job.held_out)):
         arrays = [part.ids] if isinstance(part, Text) else [a for row in part.rows for a in row]
-        for array in arrays if part else []:
+        for array in arrays:
             found.update(array.tobytes())
     return found.hexdigest()
 
@@ -200,22 +221,31 @@ def _write(
     folder: Path, job: Job, plan: Plan, history: History, before: Any, after: Any
 ) -> list[str]:
     """Write the result, remove the state, and return the names of the files."""
-    losses = history.validation_losses
+    losses, written = history.validation_losses, _written(job)
     if plan.settings.full:
-        written = [MODEL if isinstance(job.model, Llama) else f"{MODEL}.safetensors"]
-        save_model(job.model, plan.base, folder / written[0])
+        for name in (CONFIG_FILE, WEIGHTS_FILE):  # of an earlier run, which would be taken for ours
+            (folder / name).unlink(missing_ok=True)
+        path = folder / written[0]
+        save_model(job.model, plan.base, path.parent if isinstance(job.model, Llama) else path)
     else:
         save_adapter(job.model, folder, plan.base, losses[-1] if losses else None)
-        written = ["adapter_config.json", "adapter_model.safetensors"]
     plots.save(plots.loss_curve(history, KINDS[job.kind].unit), folder / CURVE)
     write_atomically(folder / SETTINGS, json.dumps(plan.flat(), indent=1).encode())
     samples = [{"prompt": prompt, "before": old, "after": new}
                for (prompt, old), (_, new) in zip(before, after, strict=True)]
     record = {"history": {name: getattr(history, name) for name in SERIES}, "samples": samples}
     write_atomically(folder / RESULT, json.dumps(record, indent=1).encode())
-    (folder / CHECKPOINT / STATE).unlink()  # first: what is left cannot be resumed
+    (folder / CHECKPOINT / STATE).unlink(missing_ok=True)  # first: the rest cannot be resumed
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     return [*written, CURVE, SETTINGS, RESULT]
+
+
+def _written(job: Job) -> list[str]:
+    """Return the names of the files that will hold what is trained."""
+    if not job.settings.full:
+        return [CONFIG_FILE, WEIGHTS_FILE]
+    return [f"{MODEL}/{MODEL}.safetensors" if isinstance(job.model, Llama) else
+            f"{MODEL}.safetensors"]
 
 
 @contextlib.contextmanager
@@ -235,11 +265,11 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         with contextlib.suppress(OSError):  # print is not for signal handlers
             os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
 
-    try:
-        old = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not in the main thread, which alone gets signals
-        yield lambda: False
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or (
+            threading.current_thread() is not threading.main_thread()):
+        yield lambda: False  # somebody else's to handle, or ignored, as in the background
         return
+    old = signal.signal(signal.SIGINT, note)
     try:
         yield lambda: pressed
     finally:
