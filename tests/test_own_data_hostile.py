@@ -107,6 +107,16 @@ def test_values_of_the_wrong_type(tmp_path, data, capsys, setting, value, words)
     assert f"c.json: {setting}: {words}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting, value, words", [
+    ("full", "no", "must be True or False"), ("target_modules", "q_proj", "must be a list of"),
+    ("lr", "x", "lr must be a number"), ("val_fraction", None, "val_fraction must be a number")])
+def test_arguments_of_the_wrong_type(setting, value, words):
+    model = ml.load_base("small")
+    with pytest.raises(TypeError, match=words):
+        ml.finetune(model, "some text", steps=1, progress=False, **{setting: value})
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
 # ---- Folders
 
 

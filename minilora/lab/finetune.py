@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from minilora.lora.wrap import replace_linear_with_lora
 from minilora.nn.gpt import GPT
 from minilora.nn.llama import Llama
 from minilora.nn.quantized import QuantizedParameter
-from minilora.nn.validate import check_sizes
+from minilora.nn.validate import check_flag, check_sizes
 from minilora.train.history import History
 from minilora.train.loop import fit
 from minilora.train.optim import AdamW
@@ -235,6 +236,12 @@ def _check(s: Settings) -> None:
     whole = ("rank", "steps", "batch_size", "context_length", "threads")
     check_sizes("finetune", **{name: value for name in whole
                                if (value := getattr(s, name)) is not None})
+    check_flag(full=s.full)
+    if isinstance(s.target_modules, str):
+        raise TypeError(f"target_modules must be a list of names, got {s.target_modules!r}")
+    for name, value in (("val_fraction", s.val_fraction), ("lr", 1.0 if s.lr is None else s.lr)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0.0 <= s.val_fraction < 1.0:
         raise ValueError(f"val_fraction must be 0 or more and less than 1, got {s.val_fraction}")
     if s.lr is not None and not 0.0 < s.lr < float("inf"):
