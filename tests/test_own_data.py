@@ -145,8 +145,9 @@ def test_a_folder_of_parts_is_trained_validated_and_evaluated_on_its_parts(tmp_p
 
 
 def test_no_data_are_both_trained_and_validated_on(tmp_path, capsys):
-    pairs(tmp_path / "valid.jsonl", {"text": "no train.jsonl is beside it, so it is all there is"})
-    assert main(["finetune", str(tmp_path), "--out", str(tmp_path / "out"), *QUICK]) == 0
+    (tmp_path / "data").mkdir()
+    pairs(tmp_path / "data" / "valid.jsonl", {"text": "no train.jsonl is beside it, so it is all"})
+    assert main(["finetune", str(tmp_path / "data"), "--out", str(tmp_path / "out"), *QUICK]) == 0
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["val"] is None
 
 
@@ -187,6 +188,8 @@ WRONG = [
     (["{data}", "--out", "{out}", "--config", "{data}"], "is not JSON"),
     (["{data}", "--out", "{out}", "--config", "{config}"], "there is no setting 'rnak'; did you "),
     (["{data}", "--out", "{out}", "--config", "{wrong}"], "rank: '0' is not a whole number of 1"),
+    (["{data}", "--out", "{out}", "--full", "--rank", "4"], "--rank means nothing with --full"),
+    (["{data}", "--out", "{out}", "--val", "x", "--val-fraction", "0.2"], "--val-fraction means"),
     (["--resume", "nowhere"], "there is nothing to resume in nowhere: it has no checkpoint"),
     (["--resume", "{full}"], "there is nothing to resume in"),
     (["{data}", "--out", "{full}/x/y", "--lr", "1e30"], "the loss became"),
@@ -350,13 +353,13 @@ def test_a_run_goes_on_from_another_folder(tmp_path, data, monkeypatch):
 def test_kills_at_any_moment_lose_nothing(tmp_path, data):
     """Some processes are killed at random moments, and the run that goes on is the whole one."""
     command = [sys.executable, "-m", "minilora", "finetune"]
-    options = [*QUICK, "--steps", "60", "--save-every", "3"]
+    options = [*QUICK, "--steps", "40", "--save-every", "3"]
     start = time.perf_counter()
     subprocess.run([*command, data, "--out", tmp_path / "whole", *options], check=True,
                    capture_output=True)
     most, out = time.perf_counter() - start, tmp_path / "out"
     draw, kills, states = random.Random(0), 0, set()
-    while kills < many(4, 20):
+    while kills < many(3, 20):
         begun = (out / CHECKPOINT / STATE).exists()
         given = ["--resume", out, "--no-progress"] if begun else [
             data, "--out", out, *options, "--overwrite"]

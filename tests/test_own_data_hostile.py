@@ -229,17 +229,6 @@ def test_two_processes_may_end_the_same_run(tmp_path, data, monkeypatch):
     assert main(["finetune", "--resume", out, "--no-progress"]) == 0 and factors(out)
 
 
-def test_what_ignores_ctrl_c_still_does(tmp_path):
-    """As a process in the background of a shell script, which Ctrl-C is not meant for."""
-    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with finetune_run.deferred_interrupt() as pressed:
-            signal.raise_signal(signal.SIGINT)
-            assert not pressed() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, old)
-
-
 # ---- Adapters
 
 

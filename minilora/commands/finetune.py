@@ -80,6 +80,7 @@ def finetune_command(args: argparse.Namespace) -> int:
         plan = planned(folder)
         _check_same(plan, with_absolute_paths(given), args)
     else:
+        _check_together(given)
         if args.config:
             given = read_settings(args.config) | given
         if "data" not in given or not args.out:
@@ -97,6 +98,15 @@ def finetune_command(args: argparse.Namespace) -> int:
         return 130
     _show(outcome, folder)
     return 0
+
+
+def _check_together(given: dict[str, Any]) -> None:
+    """Raise ValueError if one option makes another meaningless."""
+    for one, others in (("full", ("rank", "alpha", "target_modules")), ("val", ("val_fraction",))):
+        for other in others:
+            if given.get(one) and other in given:
+                raise ValueError(f"--{other.replace('_', '-')} means nothing with --{one}: leave "
+                                 "one of them out")
 
 
 def with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def conversation(messages: str | Sequence[Message], system: str | None) -> list[
     for m in messages or [{}]:
         m = m if isinstance(m, Mapping) else {"content": m}
         if m.get("role") not in ROLES or not isinstance(m.get("content"), str):
-            raise ValueError(f"a message needs a role of {ROLES} and a content, got {m!r}")
+            raise ValueError(f"a message needs a role of {', '.join(ROLES)} and a content that is "
+                             f"text, got {str(m)[:100]}")
     if messages[0]["role"] == "system" or system is None:
         return list(messages)
     return [{"role": "system", "content": system}, *messages]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.data.chat import ROLES, Message
+from minilora.data.chat import Message, conversation
 
 Conversation = list[Message]
 Dataset = list[str] | list[Conversation]
@@ -115,7 +115,7 @@ def as_dataset(rows: Any, where: str = "the data") -> Dataset:
     rows = [rows] if isinstance(rows, str) else rows
     if not isinstance(rows, Sequence) or isinstance(rows, bytes):
         raise ValueError(f"{where} must be a text or a list, got {type(rows).__name__}")
-    found = [document(row, f"{where}, row {i}") for i, row in enumerate(rows)]
+    found: Any = [document(row, f"{where}, row {i}") for i, row in enumerate(rows)]
     texts = [one for one in found if isinstance(one, str)]
     if not found or not all(text.strip() for text in texts):
         raise ValueError(f"{where} has no text" if not found else f"{where} has an empty text")
@@ -154,14 +154,12 @@ def _conversation(messages: Any, where: str) -> Conversation:
     """Return a copy of messages after checking them."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: messages must be a list that is not empty")
-    found: Conversation = []
-    for m in messages:
-        match m:
-            case {"role": str(role), "content": str(content)} if role in ROLES:
-                found.append({"role": role, "content": _unicode(content, where)})
-            case _:
-                raise ValueError(f"{where}: a message needs a role of {', '.join(ROLES)} and a "
-                                 f"content that is text, got {str(m)[:100]}")
+    try:
+        conversation(messages, None)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    found: Conversation = [{"role": m["role"], "content": _unicode(m["content"], where)}
+                           for m in messages]
     roles = [m["role"] for m in found]
     if "assistant" not in roles:
         raise ValueError(f"{where} has no answer: a message of the assistant")

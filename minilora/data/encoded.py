@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -145,7 +145,7 @@ class Examples:
         return self._some(order[count:]), self._some(order[:count])
 
     def _some(self, numbers: Sequence[int]) -> Self:
-        columns = self.rows, self.prompts, self.questions, self.answers
+        columns: Any = self.rows, self.prompts, self.questions, self.answers
         return type(self)(*([values[i] for i in numbers] for values in columns))
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:

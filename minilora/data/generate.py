@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from minilora.data.bpe import BPETokenizer
 from minilora.data.cache import Cache, Unpacked, can_cache, whole_logits, worth_unpacking
 from minilora.data.chat import END
 from minilora.nn.gpt import GPT
@@ -130,11 +130,12 @@ def generate_batch(
 
 
 def answer_prompts(
-    model: Llama, tokenizer: BPETokenizer, prompts: Sequence[np.ndarray], max_new_tokens: int,
+    model: GPT | Llama, tokenizer: Any, prompts: Sequence[np.ndarray], max_new_tokens: int
 ) -> list[str]:
     """Return what a model answers to prompts (T,), by the likeliest tokens, as far as they go.
 
-    Each prompt ends where an answer begins, as `BPETokenizer.chat` returns it.
+    The tokenizer is a BPETokenizer. Each prompt ends where an answer begins, as its `chat` returns
+    it.
     """
     texts = []
     for i in range(0, len(prompts), TOGETHER):

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from minilora.data.bpe import BPETokenizer
 from minilora.data.cache import Unpacked, worth_unpacking
@@ -74,7 +75,8 @@ class Chat:
         The oldest turns are forgotten if the context is full. Raises ValueError if even the last
         message is too long for it.
         """
-        model, tokenizer = self.adapters.model, self.tokenizer
+        model: Any = self.adapters.model
+        tokenizer = self.tokenizer
         said = [*self.messages, {"role": "user", "content": text}]
         limit = model.config.context_length - LEAST
         while len(ids := tokenizer.chat(said, self.system)) > limit:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.answers import answer_loss
-from minilora.data.bpe import BPETokenizer
 from minilora.data.datasets import Dataset, as_dataset, load_data
 from minilora.data.encoded import Examples, Text, Tokenizer
 from minilora.data.generate import answer_prompts, generate
@@ -90,13 +89,13 @@ class Settings:
     """
 
     rank: int = 8
-    alpha: float | None = None
+    alpha: Any = None  # these are Any, since they are numbers once they are filled in
     target_modules: Sequence[str] | None = None
     full: bool = False
-    lr: float | None = None
-    steps: int | None = None
-    batch_size: int | None = None
-    context_length: int | None = None
+    lr: Any = None
+    steps: Any = None
+    batch_size: Any = None
+    context_length: Any = None
     val_fraction: float = 0.1
     seed: int = 0
     threads: int | None = None
@@ -195,7 +194,7 @@ class Job:
         return [(self.tokenizer.decode(data.prompt), self.tokenizer.decode(ids[len(data.prompt):]))]
 
 
-def exact_answers(model: Llama, tokenizer: BPETokenizer, data: Examples) -> int:
+def exact_answers(model: GPT | Llama, tokenizer: Any, data: Examples) -> int:
     """Count the last answers that a model gives exactly, but for white space."""
     longest = max(len(tokenizer.answer(text)) for text in data.answers)
     most = longest + 8  # a model may spell the same text in more tokens
@@ -291,7 +290,7 @@ def with_usual(settings: Settings, model: GPT | Llama, kind: str) -> Settings:
 
 def encode(data: Dataset, tokenizer: Any, context_length: int) -> Text | Examples:
     """Return a dataset as token ids."""
-    encoded = Text if isinstance(data[0], str) else Examples
+    encoded: Any = Text if isinstance(data[0], str) else Examples
     return encoded.encode(data, tokenizer, context_length)
 
 

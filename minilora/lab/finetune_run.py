@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minilora.data.datasets import VALIDATION, Dataset, beside_training, load_data
+from minilora.data.datasets import TRAINING, VALIDATION, Dataset, beside_training, load_data
 from minilora.data.encoded import Text
 from minilora.data.tokenizer import save_model, tokenizer_of
 from minilora.files.bases import load_model
@@ -124,9 +124,9 @@ def planned(folder: Path) -> Plan:
 
 def check_new(folder: Path, overwrite: bool, data: Path) -> None:
     """Raise an error unless a new run on some data may be written to a folder."""
-    whole = data.is_dir() and not (data / TRAINING).exists()  # not only some parts are read
-    if whole and folder.resolve().is_relative_to(data.resolve()):
-        raise ValueError(f"{folder} is inside of {data}: what is written there would be among the "
+    everything = data.is_dir() and not beside_training(data, TRAINING)
+    if everything and folder.resolve().is_relative_to(data.resolve()):
+        raise ValueError(f"{folder} is inside {data}: what is written there would be among the "
                          "data, so choose another --out")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder to write")
@@ -222,11 +222,11 @@ def _write(
 ) -> list[str]:
     """Write the result, remove the state, and return the names of the files."""
     losses, written = history.validation_losses, _written(job)
+    for name in {CONFIG_FILE, WEIGHTS_FILE, f"{MODEL}.safetensors"} - {*written}:
+        (folder / name).unlink(missing_ok=True)  # of an earlier run, which would be taken for ours
     if plan.settings.full:
-        for name in (CONFIG_FILE, WEIGHTS_FILE):  # of an earlier run, which would be taken for ours
-            (folder / name).unlink(missing_ok=True)
         path = folder / written[0]
-        save_model(job.model, plan.base, path.parent if isinstance(job.model, Llama) else path)
+        save_model(job.model, str(plan.base), path.parent if isinstance(job.model, Llama) else path)
     else:
         save_adapter(job.model, folder, plan.base, losses[-1] if losses else None)
     plots.save(plots.loss_curve(history, KINDS[job.kind].unit), folder / CURVE)
@@ -265,9 +265,8 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         with contextlib.suppress(OSError):  # print is not for signal handlers
             os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
 
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or (
-            threading.current_thread() is not threading.main_thread()):
-        yield lambda: False  # somebody else's to handle, or ignored, as in the background
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield lambda: False
         return
     old = signal.signal(signal.SIGINT, note)
     try:
