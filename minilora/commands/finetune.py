@@ -52,6 +52,9 @@ OPTIONS = {
     "save-every": (whole(0), "steps between two saves of the whole state; with 0, only Ctrl-C "
                    f"saves it (default: {SAVE_EVERY})"),
 }
+# {name in a settings file: how it is read, or None for a flag}
+SETTINGS: dict[str, Callable[[str], Any] | None] = {"data": filled, "full": None} | {
+    name.replace("-", "_"): kind for name, (kind, _) in OPTIONS.items()}
 
 
 def finetune_options(parser: Parser) -> None:
@@ -72,9 +75,7 @@ def finetune_options(parser: Parser) -> None:
 
 def finetune_command(args: argparse.Namespace) -> int:
     """Fine-tune a base on your own data, or go on with a run that was ended early."""
-    options = {name.replace("-", "_") for name in [*OPTIONS, "data", "full"]}
-    given = {name: value for name, value in vars(args).items()
-             if name in options and value is not None}
+    given = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if args.resume:
         folder = Path(args.resume)
         plan = planned(folder)
@@ -119,17 +120,15 @@ def with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
 
 def read_settings(path: str) -> dict[str, Any]:
     """Read a file of settings. Raises ValueError if it has one that is unknown or wrong."""
-    known = {"data": filled, "full": None} | {name.replace("-", "_"): kind
-                                              for name, (kind, _) in OPTIONS.items()}
     settings = {}
     for key, value in read_json(Path(path)).items():
         name = key.replace("-", "_")
-        if name not in known:
-            raise ValueError(f"{path}: there is no setting {key!r}{closest(name, known)}")
+        if name not in SETTINGS:
+            raise ValueError(f"{path}: there is no setting {key!r}{closest(name, SETTINGS)}")
         if value is None:
             continue
         try:
-            settings[name] = _setting(value, known[name])
+            settings[name] = _setting(value, SETTINGS[name])
         except (argparse.ArgumentTypeError, ValueError) as error:
             raise ValueError(f"{path}: {key}: {error}") from None
     return settings

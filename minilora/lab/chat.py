@@ -20,9 +20,9 @@ from minilora.files.origin import Origin, origin, to_load
 from minilora.files.peft_read import read_adapter
 from minilora.nn.llama import Llama
 
-HELP = """/adapter NAME   answer with this adapter; /adapter none: with the base
+HELP = """/adapter NAME   answer with this adapter from now on; /adapter none: with the base
 /adapter        list the adapters
-/clear          forget what was said
+/clear          forget what was said, which switching does not
 /quit           leave (as does Ctrl-D); Ctrl-C stops an answer"""
 NONE = "none"  # the name of the base without an adapter
 LEAST = 16  # tokens that are kept for an answer
