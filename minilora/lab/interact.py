@@ -17,6 +17,9 @@ STATIC = "MINILORA_STATIC"  # environment variable; if set, there are no sliders
 def choose(draw: Callable[[Any], Any], name: str, values: Sequence[Any], *static: Any) -> None:
     """Show `draw(value)` for the value that the reader picks with a slider.
 
+    All figures are drawn now. A slider that drew later would read the globals of the notebook as
+    other cells have left them by then.
+
     Parameters
     ----------
     draw : callable
@@ -41,11 +44,12 @@ def choose(draw: Callable[[Any], Any], name: str, values: Sequence[Any], *static
     if has_widgets():
         import ipywidgets
 
+        figures = {value: draw(value) for value in values}
         slider = ipywidgets.SelectionSlider(
             options=values, value=(static or values)[0], description=name,
             continuous_update=False, style={"description_width": "initial"},
         )
-        ipywidgets.interact(lambda picked: _display(draw(picked)), picked=slider)
+        ipywidgets.interact(lambda picked: _display(figures[picked]), picked=slider)
         return
     for value in static or dict.fromkeys([values[0], values[-1]]):
         _display(draw(value), f"{name}: {value}")

@@ -38,11 +38,16 @@ def test_with_widgets_there_is_a_slider(monkeypatch, shown):
     monkeypatch.delenv(interact.STATIC, raising=False)
     sliders = []
     monkeypatch.setattr(ipywidgets, "interact",
-                        lambda f, picked: sliders.append(picked) or f(picked.value))
-    interact.choose(lambda r: 10 * r, "rank", [1, 2, 3, 4], 2, 3)
-    (slider,) = sliders
+                        lambda f, picked: sliders.append((f, picked)) or f(picked.value))
+    factor = 10
+    interact.choose(lambda r: factor * r, "rank", [1, 2, 3, 4], 2, 3)
+    ((move, slider),) = sliders
     assert (slider.options, slider.value, slider.description) == ((1, 2, 3, 4), 2, "rank")
     assert shown == [(20, "")]
+    factor = "overwritten by a later cell"
+    for value in slider.options:
+        move(value)
+    assert shown[1:] == [(10, ""), (20, ""), (30, ""), (40, "")]
 
 
 def test_what_cannot_be_chosen():
