@@ -244,10 +244,11 @@ plots.lines(curves, "step", "mean square error", yscale="log")
 # ## AdamW in five lines
 #
 # Plain descent takes large steps where the gradient is large. Adam divides that out: it keeps two
-# running means for every parameter, $m$ of the gradient and $v$ of its square, and steps along
-# $m / \sqrt{v}$, so that every number moves by about the learning rate, whatever its scale. The W
-# stands for weight decay: a small shrinking of the weights, apart from the gradient. Both means
-# start at zero, and the divisions by $1 - b^t$ make up for that.
+# running means for every parameter, $m$ of the gradient and $v$ of its square, and steps along $m /
+# \sqrt{v}$. Where the gradient is steady, that is 1 or -1, and the number moves by the learning
+# rate, whatever the gradient's scale. The W stands for weight decay: a small shrinking of the
+# weights, apart from the gradient. Both means start at zero, and the divisions by $1 - b^t$ make up
+# for that.
 
 # %%
 w, g = np.array([1.0, -2.0]), np.array([0.001, 30.0])
@@ -267,8 +268,32 @@ for t in (1, 2, 3):
     assert np.allclose(parameter.data, w)
 
 # %% [markdown]
-# Gradients that differ by a factor of 30,000, and steps of one size. The price: two more numbers
-# for every parameter that is trained. Remember that price for notebook 4.
+# Gradients that differ by a factor of 30,000, and steps of one size. But these gradients are the
+# same in every step. Where the sign changes from batch to batch, $m$ is small beside $\sqrt{v}$:
+
+# %%
+signs = np.random.default_rng(1).choice([-1.0, 1.0], 1000)
+size = {}
+for name, gradients in (("steady", np.full(1000, 30.0)), ("of random sign", 30 * signs)):
+    parameter = ml.Parameter(np.zeros(1))
+    optimizer = ml.AdamW([parameter], lr=lr, weight_decay=0.0)
+    places = [0.0]
+    for gradient in gradients:
+        parameter.grad = np.array([gradient])
+        optimizer.step()
+        places.append(float(parameter.data[0]))
+    steps_taken = np.diff(places)[100:] / lr  # without the beginning
+    size[name] = np.sqrt((steps_taken**2).mean())
+    print(f"gradients {name:14}: a step is {size[name]:.2f} of the learning rate (root mean "
+          f"square), and 1000 steps lead {abs(places[-1]) / lr:.0f} learning rates away")
+assert np.isclose(size["steady"], 1.0, atol=1e-6)
+assert np.isclose(size["of random sign"], np.sqrt((1 - b1) / (1 + b1)), rtol=0.1)
+
+# %% [markdown]
+# $m$ is a mean of about the last ten gradients, and signs that have nothing to do with each other
+# cancel in it: what is left has the size $\sqrt{(1 - b_1) / (1 + b_1)} = 0.23$. Real gradients are
+# something in between, so the learning rate is the *most* that a number usually moves. Adam's
+# price: two more numbers for every parameter that is trained. Remember that price for notebook 4.
 #
 # ## Two layers
 #
