@@ -320,7 +320,7 @@ def _after_removal(group: list[dict[str, Any]], docs_base: float) -> str:
     """Return the loss on docs without the adapter, and whether it is the base's."""
     removed = [run["docs_removed"] for run in group]
     if group[0]["rank"] is None:
-        return "cannot be undone"
+        return "load the base again"
     if all(loss == docs_base for loss in removed):
         return f"{removed[0]:.3f} = base, exactly"
     return f"{_spread(removed)} DIFFERS from base"

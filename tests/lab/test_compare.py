@@ -56,7 +56,7 @@ def test_the_tables_say_mean_spread_and_return_to_the_base(result):
     assert len({run["code_before"] for run in numbers["runs"]}) == 1, "LoRA starts as the base"
     before = numbers["runs"][0]["code_before"], numbers["docs_base"]
     assert gains["before"][1:] == [f"{before[0]:.3f}", "0%", f"{before[1]:.3f}", ""]
-    assert gains["full"][2] == "100% ± 0%" and gains["full"][-1] == "cannot be undone"
+    assert gains["full"][2] == "100% ± 0%" and gains["full"][-1] == "load the base again"
     assert "±" in gains["LoRA r=2"][1] and gains["LoRA r=2"][-1].endswith("= base, exactly")
     broken = json.loads(json.dumps(numbers))
     broken["runs"][1]["docs_removed"] += 1e-9
