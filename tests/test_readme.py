@@ -7,13 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import minilora as ml
+from minilora import check
 from minilora.lab import compare, teach
 from minilora.lora import layer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEACHERS = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
 
 
 def test_code_blocks_run(tmp_path, monkeypatch):
@@ -69,14 +72,28 @@ def test_the_lesson_is_the_committed_result():
     assert usual["lesson"] == json.loads(json.dumps(asdict(teach.Lesson())))
 
 
+@pytest.mark.parametrize("page", [README, TEACHERS], ids=["README", "teachers' page"])
+def test_the_quoted_message_is_what_the_check_prints(page):
+    wrong, quoted = re.search(
+        r"such as `(dA = .*?)` in exercise 4.*?```\n(.*?)\n```", page, re.DOTALL).groups()
+
+    def answer(dout, x, A, B, scale):
+        scope = {"dout": dout, "x": x, "A": A, "B": B, "scale": scale}
+        exec(wrong, scope)
+        return scale * dout @ B.T @ A.T, scope["dA"], scale * (x @ A).T @ dout
+
+    with pytest.raises(check.CheckFailed) as failure:
+        check.lora_backward(answer)
+    assert str(failure.value) == quoted
+
+
 def test_files_the_teachers_page_points_to_exist():
     folder = ROOT / "notebooks"
-    page = (folder / "README.md").read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", page) if "://" not in link]
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", TEACHERS) if "://" not in link]
     assert len(links) >= 9 + 12 and all((folder / link).exists() for link in links)
     for path in sorted(folder.glob("[0-9]*.ipynb")) + sorted(folder.glob("exercises/[0-9]*.ipynb")):
         assert str(path.relative_to(folder)) in links, path
-    for name in re.findall(r"`((?:tests|minilora|notebooks|exercises)/[\w/]+\.py)`", page):
+    for name in re.findall(r"`((?:tests|minilora|notebooks|exercises)/[\w/]+\.py)`", TEACHERS):
         at = folder if name.startswith("exercises") else ROOT
         assert (at / name).exists() or "13_name" in name, name
 
