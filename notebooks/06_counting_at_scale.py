@@ -122,10 +122,11 @@ assert (everything, trained) == (124_441_346, 2_666_528)
 #
 # Hu et al. 2021 (arXiv:2106.09685) print how many parameters each method trains. Their formula for
 # LoRA is $2 \cdot L_{LoRA} \cdot d \cdot r$, for $L_{LoRA}$ adapted matrices (section 5.1). For
-# adapters, `Adapter^H`, it is $L (2dr + r + d)$; for prefixes $d$ for each token. What comes out,
-# beside what is printed, in millions. (GPT-3 has 96 layers with two adapters each, 192. Adapters
-# also train norms, which the rows for GPT-3 leave out. The prefix has 256 tokens, and 8 more
-# between the layers' inputs.)
+# adapters, `Adapter^H`, it is $L (2dr + r + d)$. Prefix-embedding tuning trains the embeddings of
+# new tokens, $d (l_p + l_i)$ numbers: $l_p$ "prefix" tokens before the prompt and $l_i$ "infix"
+# tokens appended to it. What comes out, beside what is printed, in millions. (GPT-3 has 96 layers
+# with two adapters each, 192. Adapters also train norms, which the rows for GPT-3 leave out.
+# $l_p = 256$ and $l_i = 8$ are from appendix D.4.)
 
 # %%
 gpt3 = PUBLISHED["gpt3-175b"]
