@@ -20,7 +20,8 @@
 # will
 #
 # - replace the head of a GPT and read the last token,
-# - measure accuracy before and after, for a head alone, for LoRA, and for full fine-tuning,
+# - train a head alone, LoRA, and everything, and choose learning rates on lines of their own,
+# - compare the three on the same held-out lines, with the error of the difference,
 # - look at the lines that are still wrong,
 # - store the classifier, and see what happens to one whose head was lost.
 #
@@ -39,18 +40,25 @@ from minilora.lab import plots
 from minilora.lab.classify import LABELS, accuracy, predict, prose_or_code, shuffled_batches
 from minilora.nn.functional import IGNORE_INDEX
 
-STEPS, LENGTH = 300, 64
+STEPS, LENGTH = 200, 64
 folder = Path(tempfile.mkdtemp())
 
 # %% [markdown]
 # ## The task
 #
 # Single lines of the two corpora, without their indentation, each once; lines of fewer than 20
-# characters are left out, and longer ones are cut at 64. Both classes are equally many. Otherwise a
-# classifier could look good by always giving the more frequent answer.
+# characters are left out, and longer ones are cut at 64. Both classes are about equally many.
+# Otherwise a classifier could look good by always giving the more frequent answer.
+#
+# There are three sets. Classifiers learn from *training*. *Choosing* is for settings: here, the
+# learning rate. *Held out* is for the numbers that are reported, and no choice is made by it. The
+# best of several tries is partly lucky with the lines that it was chosen on, so its accuracy on
+# those lines is too good. (The held-out lines are from other sections of the texts.)
 
 # %%
 training, held_out = prose_or_code(LENGTH)
+choosing = tuple(part[-800:] for part in training)  # the lines are in random order
+training = tuple(part[:-800] for part in training)
 tokenizer = ml.CharTokenizer()
 
 
@@ -60,10 +68,10 @@ def text(data, i):
     return tokenizer.decode(ids[i, : last + 1]), LABELS[targets[i, last]]
 
 
-for part, data in (("training", training), ("held out", held_out)):
+for part, data in (("training", training), ("choosing", choosing), ("held out", held_out)):
     labels = data[1][data[1] != IGNORE_INDEX]
     print(f"{part}: {len(labels):,} lines, {labels.mean():.0%} code")
-    assert labels.mean() == 0.5
+    assert abs(labels.mean() - 0.5) < 0.03
 for i in range(6):
     line, label = text(training, i)
     print(f"  {label:6} {line}")
@@ -83,7 +91,7 @@ ids = training[0][:1]
 print("before:", base(ids).shape)
 base.lm_head = ml.Linear(base.config.d_model, 2, rng=0)
 print("after: ", base(ids).shape)
-print(f"accuracy with a random head: {accuracy(base, held_out):.1%}")
+print(f"accuracy with a random head: {accuracy(base, choosing):.1%}")
 
 # %% [markdown]
 # The targets are made so that nothing else counts: they are `IGNORE_INDEX` everywhere but at the
@@ -103,60 +111,107 @@ print(training[1][0])
 # - *everything*.
 #
 # With LoRA the head is named in `modules_to_save`: it is random, so it has to be trained whole,
-# and it belongs to the task. Each method has a learning rate of its own, the better of two or
-# three that were tried on the held-out lines; strictly, that would need a third set of lines.
+# and it belongs to the task. LoRA and full fine-tuning have two learning rates to choose from, the
+# best two of a wider search on the lines for choosing; one is enough for the head, which is far
+# behind with any. Everything has two seeds, with another random head, another $A$, and another
+# order of the lines. The rate is kept whose two classifiers are better on average on the lines for
+# choosing.
 
 
 # %%
-def start(method):
+def start(method, seed):
     model = ml.load_base("small")
-    model.lm_head = ml.Linear(model.config.d_model, 2, rng=0)
+    model.lm_head = ml.Linear(model.config.d_model, 2, rng=seed)
     if method == "head alone":
         model.freeze().lm_head.unfreeze()
     if method == "LoRA r=8":
-        ml.replace_linear_with_lora(model, 8, 16, modules_to_save="lm_head", rng=0)
+        ml.replace_linear_with_lora(model, 8, 16, modules_to_save="lm_head", rng=seed)
     return model
 
 
-def train(model, learning_rate):
-    curve = {0: accuracy(model, held_out)}
+def train(method, learning_rate, seed):
+    model = start(method, seed)
+    curve = {0: accuracy(model, choosing)}
     optimizer = ml.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate)
     schedule = ml.cosine_schedule(learning_rate, STEPS, 20)
-    batches = shuffled_batches(training, 32, rng=0)
-    for begin in range(0, STEPS, 50):
-        ml.fit(model, batches, optimizer, 50, schedule=lambda step, k=begin: schedule(k + step),
+    batches = shuffled_batches(training, 32, rng=seed)
+    for begin in range(0, STEPS, 100):
+        ml.fit(model, batches, optimizer, 100, schedule=lambda step, k=begin: schedule(k + step),
                clip_norm=1.0, progress=False)
-        curve[begin + 50] = accuracy(model, held_out)
-    return curve
+        curve[begin + 100] = accuracy(model, choosing)
+    return model, curve
 
 
+RATES = {"head alone": (3e-2,), "LoRA r=8": (3e-3, 1e-2), "full": (1e-3, 3e-3)}
 models, curves = {}, {}
-print(f"{'':12}{'trained':>9}{'before':>9}{'after':>8}")
-for method, learning_rate in (("head alone", 1e-2), ("LoRA r=8", 3e-3), ("full", 1e-3)):
-    models[method] = start(method)
-    curves[method] = train(models[method], learning_rate)
-    print(f"{method:12}{models[method].num_parameters(trainable_only=True):>9,}"
-          f"{curves[method][0]:>9.1%}{curves[method][STEPS]:>8.1%}")
-plots.lines({name: (list(c), list(c.values())) for name, c in curves.items()},
-            "training step", "accuracy on held-out lines")
-
-# %%
-assert curves["LoRA r=8"][STEPS] > curves["head alone"][STEPS] + 0.05
-assert abs(curves["LoRA r=8"][STEPS] - curves["full"][STEPS]) < 0.06
-count = len(held_out[0])
-error = (0.9 * 0.1 / count) ** 0.5
-print(f"standard error of an accuracy of 90% on {count} lines: {error:.1%}")
+for method, rates in RATES.items():
+    tried = {rate: [train(method, rate, seed) for seed in (0, 1)] for rate in rates}
+    ends = {rate: [curve[STEPS] for _, curve in runs] for rate, runs in tried.items()}
+    chosen = max(ends, key=lambda rate: sum(ends[rate]))
+    models[method] = [model for model, _ in tried[chosen]]
+    for seed, (_, curve) in enumerate(tried[chosen]):
+        curves[f"{method}, seed {seed}"] = list(curve), list(curve.values())
+    print(f"{method:11}" + "".join(f" lr {rate:g}: {first:.1%}, {second:.1%};"
+                                   for rate, (first, second) in ends.items())
+          + f" chosen {chosen:g}")
+plots.lines(curves, "training step", "accuracy on the lines for choosing")
 
 # %% [markdown]
-# The difference between LoRA and full fine-tuning is of the size of that error: with this many
-# held-out lines, nobody can say which is better. Both are clearly better than a head on the base's
-# own features, though those are not bad either.
+# Now the held-out lines, for the chosen rates:
+
+# %%
+labels = held_out[1][held_out[1] != IGNORE_INDEX]
+right = {method: [predict(model, held_out) == labels for model in pair]
+         for method, pair in models.items()}
+for method, pair in right.items():
+    trained = models[method][0].num_parameters(trainable_only=True)
+    print(f"{method:11}{trained:>8,} trained, right on "
+          + " and ".join(f"{hits.mean():.1%} (standard error {hits.std() / len(hits)**0.5:.1%})"
+                         for hits in pair))
+
+# %% [markdown]
+# These errors are those of each accuracy, not of a difference. The classifiers read the *same*
+# lines, and a line that both get right, or both wrong, says nothing about which of them is better.
+# So take the difference line by line ($1$, $0$ or $-1$), and the error of its mean:
+
+
+# %%
+def paired(title, one, other):
+    difference = one.astype(float) - other
+    mean, error = difference.mean(), difference.std() / len(difference) ** 0.5
+    print(f"{title:28} {mean:+6.1%}, standard error {error:.1%}; only the first is right on "
+          f"{(difference > 0).sum()} lines, only the second on {(difference < 0).sum()}")
+    return mean, error
+
+
+(lora, lora_again), (full, full_again) = right["LoRA r=8"], right["full"]
+to_head = paired("LoRA - head alone, seed 0", lora, right["head alone"][0])
+to_full = paired("LoRA - full, seed 0", lora, full)
+to_full_again = paired("LoRA - full, seed 1", lora_again, full_again)
+of_lora = paired("LoRA, seed 0 - seed 1", lora, lora_again)
+of_full = paired("full, seed 0 - seed 1", full, full_again)
+unpaired = np.hypot(lora.std(), full.std()) / len(labels) ** 0.5
+print(f"on different lines, the error of LoRA - full would be {unpaired:.1%}")
+assert to_head[0] > 0.05 and to_head[0] > 4 * to_head[1]
+assert to_full[1] < 0.75 * unpaired
+assert to_full[0] < -to_full[1] and abs(to_full_again[0]) < 1.5 * to_full_again[1]
+assert max(abs(of_lora[0]), abs(of_full[0])) > abs(to_full[0])
+
+# %% [markdown]
+# LoRA is clearly better than a head on the base's own features, though those are not bad either.
+#
+# Between LoRA and full fine-tuning only the lines on which they differ count, as in McNemar's test
+# (1947), so the error is not much more than half of what it would be on different lines. With seed
+# 0 it says that LoRA is worse, by two errors. But it is the error of the *lines* alone. With seed 1
+# hardly anything is left of the difference, and the two seeds of LoRA are further apart than LoRA
+# and full fine-tuning. So two seeds are too few to say which of the two is better, and one would
+# have misled us.
 #
 # What is still wrong?
 
 # %%
-model = models["LoRA r=8"]
-wrong = np.flatnonzero(predict(model, held_out) != held_out[1][held_out[1] != IGNORE_INDEX])
+model = models["LoRA r=8"][0]
+wrong = np.flatnonzero(~lora)
 for i in wrong[:8]:
     line, label = text(held_out, i)
     print(f"  is {label:6} {line}")
@@ -177,7 +232,7 @@ heads = {name: array.shape for name, array in tensors.items() if "lm_head" in na
 print(heads)
 again = ml.load_adapter(ml.load_base("small"), folder)
 print(f"loaded onto a fresh base: {accuracy(again, held_out):.1%}")
-assert accuracy(again, held_out) == curves["LoRA r=8"][STEPS]
+assert accuracy(again, held_out) == lora.mean()
 print("and taken off, its head is", ml.remove_lora(again).lm_head, "again: tied to the embedding")
 
 # %% [markdown]
@@ -186,7 +241,7 @@ print("and taken off, its head is", ml.remove_lora(again).lm_head, "again: tied 
 
 # %%
 lost = ml.Adapter(ml.get_adapter(model).layers)  # without what was saved whole
-accuracies = {"trained": curves["LoRA r=8"][STEPS]}
+accuracies = {"trained": lora.mean()}
 for seed in (1, 2, 3):
     other = ml.load_base("small")
     other.lm_head = ml.Linear(other.config.d_model, 2, rng=seed)
