@@ -9,8 +9,9 @@ import numpy as np
 
 from minilora.exercises.arrays import normal
 from minilora.exercises.comparison import Case
-from minilora.exercises.engine import Mistake, Task, check
+from minilora.exercises.engine import check
 from minilora.exercises.outcome import Passed
+from minilora.exercises.task import Mistake, Task
 
 NUMBER = 7
 # Name of the check: the name that a submission must define.

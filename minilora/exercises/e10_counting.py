@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from minilora.exercises.engine import Mistake, Task, check
+from minilora.exercises.engine import check
 from minilora.exercises.outcome import Passed, failed, run
+from minilora.exercises.task import Mistake, Task
 
 NUMBER = 10
 # Name of the check: the name that a submission must define.

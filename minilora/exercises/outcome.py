@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import linecache
+import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,11 @@ def failed(
     return kind(f"{name}: not yet.\n{text}" + (f"\nRead again: {read}" if read else ""))
 
 
+def either(causes: Iterable[str]) -> str:
+    """Return the causes that explain a mistake equally well as one text; "" if there are none."""
+    return " Or: ".join(dict.fromkeys(causes))
+
+
 def run(name: str, call: Callable[[], Any]) -> Any:
     """Call the learner's code and return its result.
 
@@ -115,7 +121,7 @@ def describe_exception(error: BaseException) -> str:
         words = str(error)[:500]
     except Exception:  # from a __str__ of the learner's
         words = "(its text cannot be shown)"
-    text = f"Your code raised {type(error).__name__}: {words}"
+    text = f"Your code raised {type(error).__name__}: {words}{_why_shapes_differ(words)}"
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith(HERE) and "site-packages" not in frame.filename
@@ -125,3 +131,17 @@ def describe_exception(error: BaseException) -> str:
     own = [f for f in frames if str(Path(HERE).parent) not in f.filename] or frames
     line = (own[-1].line or linecache.getline(own[-1].filename, own[-1].lineno or 0)).strip()
     return f"{text}\nin line {own[-1].lineno}, in {own[-1].name}:\n    {line}"
+
+
+def _why_shapes_differ(words: str) -> str:
+    """Return what NumPy's message about shapes means, on a new line; "" for other messages."""
+    if sizes := re.search(r"^matmul: .*\(size (\d+) is different from (\d+)\)", words):
+        return (f"\nIn a product (@) the left array has {sizes[2]} columns and the right one "
+                f"{sizes[1]} rows: these must be equal. Is a transpose (.T) missing or too much, "
+                "or are they the wrong way round?")
+    if shapes := re.search(r"broadcast together with shapes \(([\d,]+)\) \(([\d,]+)\)", words):
+        left, right = ([n for n in shape.split(",") if n] for shape in shapes.groups())
+        if right in (left[:-1], left[1:]) or left in (right[:-1], right[1:]):
+            return ("\nOne of them has an axis less. If it is a max, mean or sum over that axis, "
+                    "keepdims=True keeps it, with length 1.")
+    return ""

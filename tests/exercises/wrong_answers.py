@@ -82,6 +82,37 @@ def g(*a): return f2(*a)
 ---
 raised NameError
 def f(x, W, b): return x @ weight + b
+---
+with other numbers of the same shapes
+store = {}
+def f(x, W, b): return x @ store.setdefault(W.shape, W.copy()) + b
+---
+with other numbers of the same shapes
+def f(x, W, b, first={}): return x @ W + first.setdefault(b.shape, b.copy())
+---
+called again with the same inputs
+calls = []
+def f(x, W, b):
+    calls.append(1)
+    return x @ W + len(calls) * b
+---
+Is a transpose (.T) missing
+def f(x, W, b): return x.T @ W + b
+---
+One of them has an axis less
+def f(x, W, b): return x @ W + (x @ W).max(axis=-1) + b
+---
+on other shapes your code fails
+def f(x, W, b): return x @ W + x.mean(axis=-1) + b
+---
+its shape is
+def f(x, W, b): return (x @ W).mean(axis=0) + b
+---
+rounded to 3 digits
+def f(x, W, b): return np.round(x @ W + b, 3)
+---
+cut off at 0
+def f(x, W, b): return np.maximum(x @ W + b, 0)
 """)
 RIGHT["linear_forward"] = answers("""
 einsum
