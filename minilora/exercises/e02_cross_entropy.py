@@ -67,6 +67,49 @@ def _shifted(logits: np.ndarray, targets: np.ndarray, shift: Any) -> tuple[Any, 
     return -log_p[rows, targets].mean(), (p - _one_hot(targets, p.shape[1])) / len(targets)
 
 
+def _exp(logits: np.ndarray) -> np.ndarray:
+    """Return the exponentials (N, V), with each row's maximum subtracted."""
+    return np.exp(logits - logits.max(axis=-1, keepdims=True))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the logarithms of the probabilities (N, V)."""
+    return logits - logits.max(axis=-1, keepdims=True) - np.log(_sums(logits))
+
+
+def _p_target(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return the probability of each target (N,)."""
+    return softmax(logits)[np.arange(len(targets)), targets]
+
+
+def _log_sum(
+    logits: np.ndarray, targets: np.ndarray, log: Callable[[np.ndarray], np.ndarray]
+) -> float:
+    """Return the loss with another logarithm of the sums (N, 1)."""
+    z = logits - logits.max(axis=-1, keepdims=True)
+    return -(z[np.arange(len(targets)), targets] - log(_sums(logits))[:, 0]).mean()
+
+
+def _with_epsilons() -> list[Mistake]:
+    """Return the losses with a small number in the logarithm, added or as a bound."""
+
+    def makes(eps: float, change: Callable[..., Any], everywhere: bool) -> Callable[..., Any]:
+        return lambda logits, targets: -np.log(change(
+            _p_target(logits, targets) / (1 + eps * everywhere), eps)).mean()
+
+    sizes = [*(10.0**-k for k in range(3, 21)), *(np.finfo(t).eps for t in (float, np.float32)),
+             1e-30, 1e-100, 1e-300, float(np.finfo(float).tiny)]
+    return [
+        Mistake(text + " hides the problem and gives wrong losses. Take z - max - "
+                "log(sum(exp(z - max))).", makes(eps, change, everywhere))
+        for eps in sizes for text, change, everywhere in (
+            ("adding a small number inside the logarithm", np.add, False),
+            ("adding small numbers inside the logarithm and to the sum", np.add, True),
+            ("clipping probabilities", np.maximum, False),
+            ("clipping probabilities", lambda p, e: np.clip(p, e, 1 - e), False))
+    ]
+
+
 _OVERFLOW = ("exp overflows where logits are large. Subtract the row's maximum first: it changes "
              "nothing, since numerator and denominator get the same factor.")
 
@@ -85,8 +128,12 @@ CROSS_ENTROPY = Task(
                     lambda logits, targets: _entropy(logits, targets).sum()),
             Mistake("the minus sign is missing: the loss is -log p, which is positive.",
                     lambda logits, targets: -_entropy(logits, targets).mean()),
-            Mistake("the logarithm is to base 2 (or 10); nats need the natural one, np.log.",
-                    lambda logits, targets: _entropy(logits, targets).mean() / np.log(2.0)),
+            *(Mistake(f"the logarithm is to base {base}; nats need the natural one, np.log.",
+                      lambda logits, targets, base=base: _log_sum(
+                          logits, targets, lambda s: np.log(s) / np.log(base)))
+              for base in (2, 10)),
+            Mistake("the logarithm is of 1 + the sum of the exponentials (np.log1p).",
+                    lambda logits, targets: _log_sum(logits, targets, np.log1p)),
             Mistake("this is one loss for each row; return their mean.", _entropy),
             Mistake("the soft-max is over the wrong axis: each row is one distribution.",
                     lambda logits, targets: _entropy(logits, targets, axis=0).mean()),
@@ -102,14 +149,7 @@ CROSS_ENTROPY = Task(
             Mistake("the maximum is missing, and exp of very small logits underflows to 0 (or "
                     "overflows).",
                     lambda logits, targets: _shifted(logits, targets, 0.0)[0]),
-            Mistake("adding a small number inside the logarithm (or clipping) hides the problem "
-                    "and gives wrong losses. Take z - max - log(sum(exp(z - max))).",
-                    lambda logits, targets: -np.log(
-                        softmax(logits)[np.arange(len(targets)), targets] + 1e-12).mean()),
-            Mistake("clipping probabilities hides the problem and gives wrong losses. Take z - max "
-                    "- log(sum(exp(z - max))).",
-                    lambda logits, targets: -np.log(np.maximum(
-                        softmax(logits)[np.arange(len(targets)), targets], 1e-12)).mean()),
+            *_with_epsilons(),
             Mistake("the sum of the exponentials is missing (the denominator).",
                     lambda logits, targets: -(logits - logits.max(-1, keepdims=True))[
                         np.arange(len(targets)), targets].mean()),
@@ -128,6 +168,36 @@ CROSS_ENTROPY = Task(
                         softmax(logits)[np.arange(len(targets)), targets]).mean()),
             Mistake("the mean is over all N V entries; divide by N, one target for each row.",
                     lambda logits, targets: _entropy(logits, targets).sum() / logits.size),
+            Mistake("it is the mean over all N V log-probabilities; only those of the targets "
+                    "count.", lambda logits, targets: -_log_softmax(logits).mean()),
+            Mistake("p[:, targets] takes N targets of every row. Index with both, "
+                    "[np.arange(N), targets].",
+                    lambda logits, targets: -_log_softmax(logits)[:, targets].mean()),
+            Mistake("it is the sum over the rows, divided by V; divide by N.",
+                    lambda logits, targets: _entropy(logits, targets).sum() / logits.shape[1]),
+            Mistake("it takes the likeliest token instead of the target.",
+                    lambda logits, targets: -_log_softmax(logits).max(axis=-1).mean()),
+            Mistake("the logarithm is of the mean p; it is the mean of the logarithms.",
+                    lambda logits, targets: -np.log(_p_target(logits, targets).mean())),
+            Mistake("it is the perplexity, exp of the loss; return the loss.",
+                    lambda logits, targets: np.exp(_entropy(logits, targets).mean())),
+            Mistake("only the first row is in it.",
+                    lambda logits, targets: _entropy(logits, targets)[0]),
+            Mistake("it is 1 - p; the loss is -log p.",
+                    lambda logits, targets: 1 - _p_target(logits, targets).mean()),
+            Mistake("it is the square of 1 - p; the loss is -log p.",
+                    lambda logits, targets: ((1 - _p_target(logits, targets)) ** 2).mean()),
+            Mistake("the sums of the exponentials are over the wrong axis: "
+                    "sum(axis=-1, keepdims=True).",
+                    lambda logits, targets: _log_sum(logits, targets, lambda s: np.log(
+                        _exp(logits).sum(axis=0))[targets][:, None])),
+            Mistake("the sums of the exponentials lack keepdims=True: each row must keep its own.",
+                    lambda logits, targets: _log_sum(logits, targets, lambda s: np.log(
+                        s[:, 0])[targets][:, None])),
+            Mistake("0 * log(0) is nan: pick the target's logarithm by its index instead of "
+                    "multiplying by a one-hot array.",
+                    lambda logits, targets: -(_one_hot(targets, logits.shape[1])
+                                              * np.log(softmax(logits))).sum() / len(targets)),
             Mistake("this is the mean of p, without a logarithm.",
                     lambda logits, targets: softmax(logits)[
                         np.arange(len(targets)), targets].mean()),
@@ -166,6 +236,21 @@ CROSS_ENTROPY = Task(
                 - _one_hot(targets, logits.shape[1])) / len(targets)),
             Mistake("the maximum must be each row's own: max(axis=-1, keepdims=True).",
                     lambda logits, targets: _shifted(logits, targets, logits.max())[1]),
+            Mistake("1 is added at the targets; it is subtracted.", lambda logits, targets: (
+                softmax(logits) + _one_hot(targets, logits.shape[1])) / len(targets)),
+            Mistake("it is -1 at the targets; there it is p - 1.", lambda logits, targets: np.where(
+                _one_hot(targets, logits.shape[1]) > 0, -1, softmax(logits)) / len(targets)),
+            Mistake("it is 0 except at the targets; every logit of a row has a gradient, p.",
+                    lambda logits, targets: (softmax(logits) - 1) * _one_hot(
+                        targets, logits.shape[1]) / len(targets)),
+            Mistake("the logarithms of the probabilities are in it instead of the probabilities.",
+                    lambda logits, targets: (_log_softmax(logits) - _one_hot(
+                        targets, logits.shape[1])) / len(targets)),
+            Mistake("the exponentials are not divided by their sum.", lambda logits, targets: (
+                _exp(logits) - _one_hot(targets, logits.shape[1])) / len(targets)),
+            Mistake("it is multiplied by p once more: p - onehot is the whole gradient already.",
+                    lambda logits, targets: softmax(logits) * (softmax(logits) - _one_hot(
+                        targets, logits.shape[1])) / len(targets)),
             Mistake("the 1 is subtracted after dividing by N; divide p - onehot as a whole.",
                     lambda logits, targets: softmax(logits) / len(targets) - _one_hot(
                         targets, logits.shape[1])),

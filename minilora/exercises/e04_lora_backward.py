@@ -6,6 +6,8 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from minilora.exercises.arrays import normal
 from minilora.exercises.comparison import Case
 from minilora.exercises.engine import check
@@ -59,6 +61,14 @@ LORA_BACKWARD = Task(
                     lambda dout, x, A, B, scale: dout @ B.T),
             Mistake("A and B are the wrong way round: dx = scale * dout Bᵀ Aᵀ.",
                     lambda dout, x, A, B, scale: scale * dout @ A @ B),
+            Mistake("A is not transposed: dx = scale * dout Bᵀ Aᵀ.",
+                    lambda dout, x, A, B, scale: scale * dout @ B.T @ A),
+            Mistake("B is not transposed: dx = scale * dout Bᵀ Aᵀ.",
+                    lambda dout, x, A, B, scale: scale * dout @ B @ A.T),
+            Mistake("x is added; the gradient does not hold x.",
+                    lambda dout, x, A, B, scale: scale * dout @ B.T @ A.T + x),
+            Mistake("it is the forward pass of x; what goes back is dout.",
+                    lambda dout, x, A, B, scale: scale * x @ A @ B),
             Mistake("it is the forward pass of dout: take the transposes, in reverse order.",
                     lambda dout, x, A, B, scale: scale * dout @ A.T @ B.T),
         ],
@@ -68,6 +78,10 @@ LORA_BACKWARD = Task(
             Mistake("B is not transposed.", lambda dout, x, A, B, scale: scale * x.T @ (dout @ B)),
             Mistake("A stands where B should: dA holds B, and dB holds A.",
                     lambda dout, x, A, B, scale: scale * x.T @ dout @ A),
+            Mistake("sums over the rows are multiplied; it is the sum of the rows' products.",
+                    lambda dout, x, A, B, scale: scale * np.outer(x.sum(0), (dout @ B.T).sum(0))),
+            Mistake("A itself is added.",
+                    lambda dout, x, A, B, scale: scale * x.T @ (dout @ B.T) + A),
             Mistake("B is left out: this is the gradient of W.",
                     lambda dout, x, A, B, scale: scale * x.T @ dout),
             Mistake("this is the gradient of the mean over the rows, not of the sum.",
@@ -80,6 +94,10 @@ LORA_BACKWARD = Task(
                     lambda dout, x, A, B, scale: scale * x.T @ dout),
             Mistake("this is the gradient of the mean over the rows, not of the sum.",
                     lambda dout, x, A, B, scale: scale * (x @ A).T @ dout / len(x)),
+            Mistake("sums over the rows are multiplied; it is the sum of the rows' products.",
+                    lambda dout, x, A, B, scale: scale * np.outer((x @ A).sum(0), dout.sum(0))),
+            Mistake("B itself is added.",
+                    lambda dout, x, A, B, scale: scale * (x @ A).T @ dout + B),
             Mistake("B stands where A should.",
                     lambda dout, x, A, B, scale: scale * (x @ B).T @ dout),
         ],
@@ -87,7 +105,8 @@ LORA_BACKWARD = Task(
     read={"dx": "x goes through A, then B, then the scale; back: scale, then Bᵀ, then Aᵀ.",
           "dA": "dA = scale * xᵀ (dout Bᵀ): from dW = xᵀ dout by the chain rule, scale * dW Bᵀ.",
           "dB": "dB = scale * (x A)ᵀ dout: from dW by the chain rule, dB = scale * Aᵀ dW."},
-    factors=lambda dout, x, A, B, scale: {"scale = alpha / r": scale, "N": len(x)},
+    factors=lambda dout, x, A, B, scale: {
+        "scale = alpha / r": scale, "N": len(x), "r": A.shape[1], "n": len(A), "m": B.shape[1]},
     forward=lambda x, A, B, scale: scale * x @ A @ B,
     more=_check_memory,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,94 @@ def _wrong(change: str) -> Callable[..., np.ndarray]:
     return wrong
 
 
+def _with(formula: Callable[[SimpleNamespace], np.ndarray]) -> Callable[..., np.ndarray]:
+    """Return a function that computes the new p by a formula of all that is given or derived."""
+
+    def wrong(**case: Any) -> np.ndarray:
+        s = SimpleNamespace(**case)
+        _, s.m, s.v = _reference(**case)
+        s.m_hat, s.v_hat = s.m / (1 - s.beta1**s.t), s.v / (1 - s.beta2**s.t)
+        s.root = np.sqrt(s.v_hat) + s.eps
+        s.step, s.decay = s.m_hat / s.root, s.weight_decay * s.p
+        return formula(s)
+
+    return wrong
+
+
+def _new_p(formula: Callable[[SimpleNamespace], Any]) -> Callable[..., np.ndarray]:
+    """Return a function that computes the new p with another fraction than m_hat / root."""
+    return _with(lambda s: s.p - s.lr * (formula(s) + s.decay))
+
+
+# The step, the learning rate and the decay
+_PARTS = [
+    Mistake("the learning rate is missing on the step; it is there on the decay.",
+            _with(lambda s: s.p - s.step - s.lr * s.decay)),
+    Mistake("the learning rate is in it twice.",
+            _with(lambda s: s.p - s.lr**2 * (s.step + s.decay))),
+    Mistake("the learning rate is in the step twice.",
+            _with(lambda s: s.p - s.lr * (s.lr * s.step + s.decay))),
+    Mistake("the learning rate is in the decay twice.",
+            _with(lambda s: s.p - s.lr * (s.step + s.lr * s.decay))),
+    Mistake("the learning rate is divided by t; here it stays as it is.",
+            _with(lambda s: s.p - s.lr / s.t * (s.step + s.decay))),
+    Mistake("the learning rate is divided by the root of t; here it stays as it is.",
+            _with(lambda s: s.p - s.lr / s.t**0.5 * (s.step + s.decay))),
+    Mistake("the step alone is returned; it is to be subtracted from p.",
+            _with(lambda s: -s.lr * (s.step + s.decay))),
+    Mistake("the step alone is returned; it is to be subtracted from p.",
+            _with(lambda s: s.lr * (s.step + s.decay))),
+    Mistake("the decay is of g; it is of p.",
+            _with(lambda s: s.p - s.lr * (s.step + s.weight_decay * s.g))),
+    Mistake("the decay is of the sign of p; it is of p.",
+            _with(lambda s: s.p - s.lr * (s.step + s.weight_decay * np.sign(s.p)))),
+    Mistake("the decay is of the square of p; it is of p.",
+            _with(lambda s: s.p - s.lr * (s.step + s.weight_decay * s.p**2))),
+    Mistake("the decay is not multiplied by p.",
+            _with(lambda s: s.p - s.lr * (s.step + s.weight_decay))),
+    Mistake("the decay is taken twice, of p and of the new p.",
+            _with(lambda s: (s.p - s.lr * (s.step + s.decay)) * (1 - s.lr * s.weight_decay))),
+    Mistake("the decay is taken twice, once without lr.", _with(lambda s: (
+        (1 - s.weight_decay) * s.p * (1 - s.lr * s.weight_decay) - s.lr * s.step))),
+    *(Mistake(f"the decay is {rate:g} whatever is given.", _with(
+        lambda s, rate=rate: s.p - s.lr * (s.step + rate * s.p))) for rate in (0.1, 0.01, 0.001)),
+]
+# The fraction m_hat / (sqrt(v_hat) + eps)
+_FRACTIONS = [
+    Mistake("epsilon is subtracted; it is added.",
+            _new_p(lambda s: s.m_hat / (np.sqrt(s.v_hat) - s.eps))),
+    Mistake("epsilon is squared.", _new_p(lambda s: s.m_hat / (np.sqrt(s.v_hat) + s.eps**2))),
+    Mistake("it adds the root of epsilon.",
+            _new_p(lambda s: s.m_hat / (np.sqrt(s.v_hat) + s.eps**0.5))),
+    Mistake("epsilon is added twice.",
+            _new_p(lambda s: s.m_hat / (np.sqrt(s.v_hat) + 2 * s.eps))),
+    Mistake("epsilon is added twice, inside the root and outside.",
+            _new_p(lambda s: s.m_hat / (np.sqrt(s.v_hat + s.eps) + s.eps))),
+    Mistake("epsilon is added to v before its bias correction.",
+            _new_p(lambda s: s.m_hat / ((np.sqrt(s.v) + s.eps) / (1 - s.beta2**s.t) ** 0.5))),
+    *(Mistake(f"epsilon is {eps:g} whatever is given.",
+              _new_p(lambda s, eps=eps: s.m_hat / (np.sqrt(s.v_hat) + eps)))
+      for eps in (1e-3, 1e-4, 1e-5, 1e-6)),
+    Mistake("the root is taken twice.", _new_p(lambda s: s.m_hat / (s.v_hat**0.25 + s.eps))),
+    Mistake("it does not divide by the root of v.", _new_p(lambda s: s.m_hat)),
+    Mistake("only the sign of the mean is used.", _new_p(lambda s: np.sign(s.m_hat))),
+    Mistake("it uses g, corrected like m, instead of m.",
+            _new_p(lambda s: s.g / (1 - s.beta1**s.t) / s.root)),
+    Mistake("g is mixed into m a second time, as in Nesterov's method.", _new_p(lambda s: (
+        s.beta1 * s.m + (1 - s.beta1) * s.g) / (1 - s.beta1**s.t) / s.root)),
+    Mistake("1 + beta1^t stands in the bias correction; it is 1 - beta1^t.",
+            _new_p(lambda s: s.m / (1 + s.beta1**s.t) / s.root)),
+    Mistake("1 + beta2^t stands in the bias correction; it is 1 - beta2^t.", _new_p(
+        lambda s: s.m_hat / (np.sqrt(s.v / (1 + s.beta2**s.t)) + s.eps))),
+    *(Mistake("t is off by one in the bias correction of m; it counts from 1.",
+              _new_p(lambda s, d=d: s.m / (1 - s.beta1 ** (s.t + d)) / s.root)) for d in (-1, 1)),
+    *(Mistake("t is off by one in the bias correction of v; it counts from 1.", _new_p(
+        lambda s, d=d: s.m_hat / (np.sqrt(s.v / (1 - s.beta2 ** (s.t + d))) + s.eps)))
+      for d in (-1, 1)),
+    Mistake("beta2 is in both bias corrections.",
+            _new_p(lambda s: s.m / (1 - s.beta2**s.t) / s.root)),
+]
+
 ADAMW = Task(
     name="adamw_step",
     outputs=("p", "m", "v"),
@@ -136,6 +225,7 @@ ADAMW = Task(
             Mistake("it uses g instead of the mean m.", _wrong("no m")),
             Mistake("it does not divide by the root of v.", _wrong("no v")),
             Mistake("nothing has changed.", lambda p, **_: p),
+            *_PARTS, *_FRACTIONS,
         ],
         "m": [
             Mistake("the factors beta1 and 1 - beta1 are swapped.",
@@ -150,6 +240,20 @@ ADAMW = Task(
             Mistake("g is squared in m; that is for v.",
                     lambda g, m, beta1, **_: beta1 * m + (1 - beta1) * g * g),
             Mistake("it is not updated.", lambda m, **_: m),
+            Mistake("g is subtracted; it is added.",
+                    lambda g, m, beta1, **_: beta1 * m - (1 - beta1) * g),
+            Mistake("the old m is missing.", lambda g, beta1, **_: (1 - beta1) * g),
+            Mistake("the old m has no factor beta1.",
+                    lambda g, m, beta1, **_: m + (1 - beta1) * g),
+            Mistake("the absolute value of g is in it.",
+                    lambda g, m, beta1, **_: beta1 * m + (1 - beta1) * abs(g)),
+            Mistake("g is divided by its size or norm; it is used as it is.",
+                    lambda g, m, beta1, **_: beta1 * m + (1 - beta1) * g / g.size),
+            Mistake("g is divided by its size or norm; it is used as it is.",
+                    lambda g, m, beta1, **_: beta1 * m + (1 - beta1) * g / np.sqrt((g * g).sum())),
+            Mistake("g is clipped; it is used as it is.",
+                    lambda g, m, beta1, **_: beta1 * m + (1 - beta1) * g.clip(-1, 1)),
+            Mistake("it is g itself; m is a mean of old and new.", lambda g, **_: g),
         ],
         "v": [
             Mistake("g is not squared.", lambda g, v, beta2, **_: beta2 * v + (1 - beta2) * g),
@@ -167,6 +271,25 @@ ADAMW = Task(
                     lambda g, m, v, beta1, beta2, **_:
                     beta2 * v + (1 - beta2) * (beta1 * m + (1 - beta1) * g) ** 2),
             Mistake("it is not updated.", lambda v, **_: v),
+            Mistake("g² is subtracted; it is added.",
+                    lambda g, v, beta2, **_: beta2 * v - (1 - beta2) * g * g),
+            Mistake("the old v is missing.", lambda g, beta2, **_: (1 - beta2) * g * g),
+            Mistake("the old v has no factor beta2.",
+                    lambda g, v, beta2, **_: v + (1 - beta2) * g * g),
+            Mistake("the absolute value of g is in it; it is the square.",
+                    lambda g, v, beta2, **_: beta2 * v + (1 - beta2) * abs(g)),
+            Mistake("the third power of g is in it; it is the square.",
+                    lambda g, v, beta2, **_: beta2 * v + (1 - beta2) * g**3),
+            Mistake("the squares are added up; every number has its own v.",
+                    lambda g, v, beta2, **_: beta2 * v + (1 - beta2) * (g * g).sum()),
+            Mistake("the mean of the squares is in it; every number has its own v.",
+                    lambda g, v, beta2, **_: beta2 * v + (1 - beta2) * (g * g).mean()),
+            Mistake("the square of the old m is in it; it is that of g.",
+                    lambda g, m, v, beta2, **_: beta2 * v + (1 - beta2) * m * m),
+            Mistake("it is g² itself; v is a mean of old and new.", lambda g, **_: g * g),
+            Mistake("the decay was added to the gradient.",
+                    lambda p, g, v, beta2, weight_decay, **_:
+                    beta2 * v + (1 - beta2) * (g + weight_decay * p) ** 2),
         ],
     },
     read={"p": "p - lr * (m_hat / (sqrt(v_hat) + eps) + decay * p), m_hat = m / (1 - beta1^t).",

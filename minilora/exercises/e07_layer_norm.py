@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,115 @@ def _dx(change: str) -> Callable[..., np.ndarray]:
     return wrong
 
 
+def _with(
+    formula: Callable[[SimpleNamespace], np.ndarray],
+    mean: Callable[[np.ndarray], Any] = _mean,
+    root: Callable[[np.ndarray, float], Any] = lambda x, eps: np.sqrt(_var(x) + eps),
+) -> Callable[..., np.ndarray]:
+    """Return a function that computes a gradient by a formula, from another mean or root."""
+
+    def wrong(**case: Any) -> np.ndarray:
+        s = SimpleNamespace(**case)
+        s.mu, s.rstd, s.g = mean(s.x), 1 / root(s.x, s.eps), s.dout * s.weight
+        s.centred = s.x - s.mu
+        s.xhat = s.centred * s.rstd
+        return formula(s)
+
+    return wrong
+
+
+def _var(x: np.ndarray) -> np.ndarray:
+    """Return the variance of each row (N, 1)."""
+    return x.var(axis=-1, keepdims=True)
+
+
+def _right(s: SimpleNamespace) -> np.ndarray:
+    """Return the right dx of what `s` holds."""
+    return s.rstd * (s.g - _mean(s.g) - s.xhat * _mean(s.g * s.xhat))
+
+
+def _by_batch(s: SimpleNamespace) -> np.ndarray:
+    """Return dx of BatchNorm, whose means are over the rows."""
+    return s.rstd * (s.g - s.g.mean(axis=0) - s.xhat * (s.g * s.xhat).mean(axis=0))
+
+
+def _dweight(s: SimpleNamespace) -> np.ndarray:
+    """Return the right dweight of what `s` holds."""
+    return (s.dout * s.xhat).sum(axis=0)
+
+
+def _column_mean(x: np.ndarray) -> np.ndarray:
+    """Return the mean of each column (C,)."""
+    return x.mean(axis=0)
+
+
+def _column_root(x: np.ndarray, eps: float) -> np.ndarray:
+    """Return sqrt(var + eps) of each column (C,)."""
+    return np.sqrt(x.var(axis=0) + eps)
+
+
+# Another mean, root or epsilon: {words: the arguments of _with}
+_STATISTICS: list[tuple[str, dict[str, Any]]] = [
+    ("mean and variance are of each column, as in BatchNorm; every row has its own (axis=-1).",
+     {"mean": _column_mean, "root": _column_root}),
+    ("the mean is of each column; every row has its own (axis=-1).", {"mean": _column_mean}),
+    ("the variance is of each column; every row has its own (axis=-1).", {"root": _column_root}),
+    ("the mean is of all numbers; every row has its own (axis=-1).", {"mean": np.mean}),
+    ("the variance is of all numbers; every row has its own (axis=-1).",
+     {"root": lambda x, eps: np.sqrt(x.var() + eps)}),
+    ("the median stands for the mean.", {"mean": lambda x: np.median(x, -1, keepdims=True)}),
+    ("the mean is not subtracted from x.", {"mean": lambda x: 0.0}),
+    ("xhat is that of RMSNorm: the mean is not subtracted, and squares stand for the variance.",
+     {"mean": lambda x: 0.0, "root": lambda x, eps: np.sqrt(_mean(x * x) + eps)}),
+    ("the root is taken twice (std is a root already): it is sqrt(var + eps).",
+     {"root": lambda x, eps: np.sqrt(x.std(axis=-1, keepdims=True) + eps)}),
+    ("it is multiplied by sqrt(var + eps), not divided by it.",
+     {"root": lambda x, eps: 1 / np.sqrt(_var(x) + eps)}),
+    ("eps is added twice.", {"root": lambda x, eps: np.sqrt(_var(x) + 2 * eps)}),
+    ("eps is squared.", {"root": lambda x, eps: np.sqrt(_var(x) + eps**2)}),
+    ("eps is subtracted; it is added.", {"root": lambda x, eps: np.sqrt(_var(x) - eps)}),
+    *((f"eps is {value:g} whatever is given.",
+       {"root": lambda x, eps, value=value: np.sqrt(_var(x) + value)})
+      for value in (1e-6, 1e-8, 1e-12)),
+]
+# Errors in the formula of dx
+_FORMULAS: list[tuple[str, Callable[[SimpleNamespace], np.ndarray]]] = [
+    ("1 / sqrt(var + eps) stands outside the brackets twice.", lambda s: s.rstd * _right(s)),
+    ("1 / sqrt(var + eps) stands outside the brackets three times.",
+     lambda s: s.rstd**2 * _right(s)),
+    ("it is multiplied by sqrt(var + eps) outside the brackets; it is to be divided by it.",
+     lambda s: _right(s) / s.rstd**2),
+    ("1 / sqrt(var + eps) is multiplied to g only; the brackets are missing.", lambda s: (
+        s.rstd * s.g - _mean(s.g) - s.xhat * _mean(s.g * s.xhat))),
+    ("sum(g * xhat) stands where the mean should: divide by C.", lambda s: s.rstd * (
+        s.g - _mean(s.g) - s.xhat * (s.g * s.xhat).sum(-1, keepdims=True))),
+    ("sum(g) stands where the mean should: divide by C.", lambda s: s.rstd * (
+        s.g - s.g.sum(-1, keepdims=True) - s.xhat * _mean(s.g * s.xhat))),
+    ("the sums are divided by N; the means are over the C numbers of a row.", lambda s: s.rstd * (
+        s.g - (_mean(s.g) + s.xhat * _mean(s.g * s.xhat)) * s.x.shape[1] / len(s.x))),
+    ("mean(g * x) stands where mean(g * xhat) should.",
+     lambda s: s.rstd * (s.g - _mean(s.g) - s.xhat * _mean(s.g * s.x))),
+    ("x * mean(g * xhat) stands where xhat * mean(g * xhat) should.",
+     lambda s: s.rstd * (s.g - _mean(s.g) - s.x * _mean(s.g * s.xhat))),
+    ("x - mean is not divided by sqrt(var + eps) in xhat.", lambda s: s.rstd * (
+        s.g - _mean(s.g) - s.centred * _mean(s.g * s.centred))),
+    ("the mean(g) is added; it is subtracted.",
+     lambda s: s.rstd * (s.g + _mean(s.g) - s.xhat * _mean(s.g * s.xhat))),
+    ("both means are added; they are subtracted.",
+     lambda s: s.rstd * (s.g + _mean(s.g) + s.xhat * _mean(s.g * s.xhat))),
+    ("the weight is in it twice.", lambda s: s.weight * _right(s)),
+    ("dout stands where g should, outside the means: g = dout * weight.", lambda s: s.rstd * (
+        s.dout - _mean(s.g) - s.xhat * _mean(s.g * s.xhat))),
+    ("the product of means stands where the mean of the product should.", lambda s: s.rstd * (
+        s.g - _mean(s.g) - s.xhat * _mean(s.g) * _mean(s.xhat))),
+    ("the largest number of a row stands where a mean should.", lambda s: s.rstd * (
+        s.g - _mean(s.g) - s.xhat * (s.g * s.xhat).max(-1, keepdims=True))),
+    ("the bias is in xhat; it is added after.", lambda s: s.rstd * (
+        s.g - _mean(s.g) - (s.xhat + s.bias) * _mean(s.g * (s.xhat + s.bias)))),
+    ("the means are over all numbers; each is over its row.",
+     lambda s: s.rstd * (s.g - s.g.mean() - s.xhat * (s.g * s.xhat).mean())),
+]
+
 LAYER_NORM_BACKWARD = Task(
     name="layer_norm_backward",
     outputs=("dx", "dweight", "dbias"),
@@ -116,6 +226,9 @@ LAYER_NORM_BACKWARD = Task(
             Mistake("the root is missing: it is 1 / sqrt(var + eps).", _dx("no root")),
             Mistake("mean and variance are of all numbers; every row has its own (axis=-1).",
                     _dx("everything")),
+            *(Mistake(says, _with(_right, **change)) for says, change in _STATISTICS),
+            *(Mistake(says, _with(_by_batch, **change)) for says, change in _STATISTICS[:1]),
+            *(Mistake(says, _with(formula)) for says, formula in _FORMULAS),
         ],
         "dweight": [
             Mistake("it has x where the normalised xhat should be.",
@@ -131,6 +244,15 @@ LAYER_NORM_BACKWARD = Task(
                     lambda dout, x, eps, **_: (dout * _normalised(x, eps, 1)[0]).sum(axis=0)),
             Mistake("the weight itself is in it.", lambda dout, x, weight, eps, **_: (
                 dout * weight * _normalised(x, eps)[0]).sum(axis=0)),
+            Mistake("sums of dout and xhat are multiplied; it is the sum of their products.",
+                    _with(lambda s: s.dout.sum(axis=0) * s.xhat.sum(axis=0))),
+            Mistake("the output y stands where xhat should.", _with(
+                lambda s: (s.dout * (s.xhat * s.weight + s.bias)).sum(axis=0))),
+            Mistake("it is summed over rows and columns; weight has one entry for each column.",
+                    _with(lambda s: (s.dout * s.xhat).sum())),
+            Mistake("x - mean is not divided by sqrt(var + eps).",
+                    _with(lambda s: (s.dout * s.centred).sum(axis=0))),
+            *(Mistake(says, _with(_dweight, **change)) for says, change in _STATISTICS),
         ],
         "dbias": [
             Mistake("it is the mean over the rows, not the sum.",

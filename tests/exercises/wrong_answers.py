@@ -113,6 +113,16 @@ def f(x, W, b): return np.round(x @ W + b, 3)
 ---
 cut off at 0
 def f(x, W, b): return np.maximum(x @ W + b, 0)
+---
+once for each input, inside the sum
+def f(x, W, b): return (x[:, :, None] * W + b).sum(axis=1)
+---
+only its last term is there
+def f(x, W, b):
+    y = np.zeros((len(x), len(b)), x.dtype)
+    for i in range(len(x)):
+        for k in range(len(W)): y[i] = x[i, k] * W[k] + b
+    return y
 """)
 RIGHT["linear_forward"] = answers("""
 einsum
@@ -177,6 +187,22 @@ def f(dout, x, W):
 ---
 it is dout that comes back
 def f(dout, x, W): return x @ W.T, x.T @ dout, dout.sum(0)
+---
+only the last row is in it
+def f(dout, x, W): return dout @ W.T, x.T @ dout, dout[-1].copy()
+---
+divided by m
+def f(dout, x, W): return dout @ W.T, x.T @ dout / W.shape[1], dout.sum(0)
+---
+dx is right in a first call, but not in the next
+store = {}
+def f(dout, x, W):
+    return dout @ store.setdefault(W.shape, W.copy()).T, x.T @ dout, dout.sum(0)
+---
+called again with the same inputs
+def f(dout, x, W, total={}):
+    total[W.shape] = total.get(W.shape, 0) + x.T @ dout
+    return dout @ W.T, total[W.shape].copy(), dout.sum(0)
 ---
 ?
 def f(dout, x, W): return dout @ W.T, x.T @ dout, dout.sum(0) + 1e-3
@@ -310,6 +336,23 @@ WRONG["cross_entropy"] += changed(
     ("one axis too many", ".mean()", ".mean(keepdims=True)"),
     ("mean was subtracted", "z.max(-1, keepdims=True)", "z.mean(-1, keepdims=True)"),
     ("?", "z.max(-1, keepdims=True)", "np.abs(z).max()"),
+    *(("adding a small number", "-(z - m - np.log(s))[r, t].mean()",
+       f"-np.log((e / s)[r, t] + {eps}).mean()") for eps in (1e-7, 1e-8, 1e-10, 1e-15, 1e-300)),
+    *(("clipping probabilities", "-(z - m - np.log(s))[r, t].mean()",
+       f"-np.log(np.clip((e / s)[r, t], {eps}, 1 - {eps})).mean()") for eps in (1e-7, 1e-9, 1e-15)),
+    ("keepdims=True keeps it", "s = e.sum(-1, keepdims=True)", "s = e.sum(-1)"),
+    ("keepdims=True keeps it", "m = z.max(-1, keepdims=True)", "m = z.max(-1)"),
+    ("over the wrong axis", "s = e.sum(-1, keepdims=True)", "s = e.sum(0)"),
+    ("base 2", "np.log(s)", "np.log2(s)"), ("base 10", "np.log(s)", "np.log10(s)"),
+    ("np.log1p", "np.log(s)", "np.log1p(s)"), ("1 is added", "-= 1", "+= 1"),
+    ("it is -1 at the targets", "p[r, t] -= 1", "p[r, t] = -1"),
+    ("N targets of every row", "(z - m - np.log(s))[r, t]", "(z - m - np.log(s))[:, t]"),
+    ("all N V log-probabilities", "(z - m - np.log(s))[r, t]", "(z - m - np.log(s))"),
+    ("0 * log(0) is nan", "-(z - m - np.log(s))[r, t].mean()",
+     "-(np.eye(z.shape[1])[t] * np.log(e / s)).sum() / len(t)"),
+    ("perplexity", "return loss", "return np.exp(loss)"),
+    ("not divided by their sum", "p = e / s", "p = e.copy()"),
+    ("rounded to 4 digits", "p = p / len(t)", "p = np.round(p / len(t), 4)"),
 )
 RIGHT["cross_entropy"] = answers("""
 one hot
@@ -455,6 +498,20 @@ is float32 for float64
 def f(dout, x, A, B, s):
     dA = (s * x.T @ (dout @ B.T)).astype(np.float32)
     return s * dout @ B.T @ A.T, dA, s * (x @ A).T @ dout
+---
+divided by r
+def f(dout, x, A, B, s):
+    r = A.shape[1]
+    return s * dout @ B.T @ A.T, s * x.T @ (dout @ B.T) / r, s * (x @ A).T @ dout
+---
+A is not transposed
+def f(dout, x, A, B, s): return s * dout @ B.T @ A, s * x.T @ (dout @ B.T), s * (x @ A).T @ dout
+---
+not in the next
+store = {}
+def f(dout, x, A, B, s):
+    old = store.setdefault(B.shape, B.copy())
+    return s * dout @ old.T @ A.T, s * x.T @ (dout @ old.T), s * (x @ A).T @ dout
 ---
 ?
 def f(dout, x, A, B, s):
@@ -654,7 +711,30 @@ WRONG["adamw"] = changed(
     ("first factor is beta1", "b2 * v + (1 - b2)", "b1 * v + (1 - b2)"),
     ("squared along with g", "(1 - b2) * g * g", "((1 - b2) * g) ** 2"),
     ("in the wrong order", "), m, v", "), v, m"),
-    ("?", "np.sqrt(vh) + eps", "np.sqrt(vh) + 2 * eps"),
+    ("epsilon is added twice", "np.sqrt(vh) + eps", "np.sqrt(vh) + 2 * eps"),
+    ("?", "np.sqrt(vh) + eps", "np.sqrt(vh) + 3 * eps"),
+    ("missing on the step", "lr * (mh / (np.sqrt(vh) + eps) + wd * p)",
+     "mh / (np.sqrt(vh) + eps) - lr * wd * p"),
+    ("rate is in it twice", "lr * (", "lr * lr * ("),
+    ("in the step twice", "lr * (mh", "lr * (lr * mh"),
+    ("in the decay twice", "+ wd * p", "+ lr * wd * p"),
+    ("decay is of g", "wd * p", "wd * g"), ("not multiplied by p", "wd * p", "wd"),
+    ("0.01 whatever is given", "wd * p", "0.01 * p"),
+    ("step alone", "p - lr * (", "-lr * ("), ("epsilon is squared", "+ eps", "+ eps**2"),
+    ("root of epsilon", "+ eps", "+ eps**0.5"), ("epsilon is subtracted", "+ eps", "- eps"),
+    ("inside the root and outside", "np.sqrt(vh)", "np.sqrt(vh + eps)"),
+    ("before its bias correction", "(np.sqrt(vh) + eps)",
+     "((np.sqrt(v) + eps) / np.sqrt(1 - b2**t))"),
+    ("correction of m; it counts from 1", "b1**t)", "b1 ** (t - 1))"),
+    ("1 + beta1^t", "1 - b1**t", "1 + b1**t"), ("old m is missing", "b1 * m + ", ""),
+    ("the absolute value of g", "g * g", "abs(g)"),
+    ("squares are added up", "g * g", "(g * g).sum()"),
+    ("divided by its size", "    pass", "    g = g / g.size"),
+    ("g is clipped", "    pass", "    g = np.clip(g, -1, 1)"),
+    ("called again with the same inputs", "    pass",
+     "    global calls; calls = globals().get('calls', 0) + 1; t = calls"),
+    ("not in the next", "    pass",
+     "    global old; old = globals().get('old', {}); m, v = old.setdefault(p.shape, (m, v))"),
 )
 WRONG["adamw"] += answers("""
 coupled
@@ -714,7 +794,23 @@ WRONG["layer_norm_backward"] = changed(
     ("1e-5 whatever", "+ eps)", "+ 1e-5)"),
     ("root is missing", "1 / np.sqrt(x.var(-1, keepdims=True) + eps)",
      "1 / (x.var(-1, keepdims=True) + eps)"),
-    ("?", "+ eps)", "+ 2 * eps)"),
+    ("eps is added twice", "+ eps)", "+ 2 * eps)"),
+    ("?", "+ eps)", "+ 3 * eps)"),
+    ("as in BatchNorm", "(-1, keepdims=True", "(0, keepdims=True"),
+    ("mean is of each column", "x.mean(-1, keepdims=True)", "x.mean(0)"),
+    ("variance is of each column", "x.var(-1, keepdims=True)", "x.var(0)"),
+    ("mean is of all numbers", "x.mean(-1, keepdims=True)", "x.mean()"),
+    ("variance is of all numbers", "x.var(-1, keepdims=True)", "x.var()"),
+    ("keepdims=True keeps it", "x.var(-1, keepdims=True)", "x.var(-1)"),
+    ("keepdims=True keeps it", " - g.mean(-1, keepdims=True)", " - g.mean(-1)"),
+    ("root is taken twice", "x.var(", "x.std("),
+    ("outside the brackets twice", "dx = r", "dx = r * r"),
+    ("sum(g) stands", "g.mean(", "g.sum("), ("divide by C", "(g * h).mean", "(g * h).sum"),
+    ("mean(g) is added", "g - g.mean", "g + g.mean"),
+    ("weight is in it twice", "dx = r", "dx = w * r"),
+    ("output y stands", "(dout * h)", "(dout * (h * w + b))"),
+    ("mean is not subtracted", "(x - x.mean(-1, keepdims=True))", "x"),
+    ("multiplied by sqrt(var + eps)", "1 / np.sqrt", "np.sqrt"),
 )
 RIGHT["layer_norm_backward"] = answers("""
 the long way
@@ -767,7 +863,28 @@ WRONG["attention_backward"] = changed(
     ("missing in the scores", "q @ k.T * scale", "q @ k.T"),
     ("only the diagonal", "p * (dp - (dp * p).sum(-1, keepdims=True))", "p * (1 - p) * dp"),
     ("not of dP", "(dp * p).sum", "dp.sum"),
-    ("?", "s - s.max(-1, keepdims=True)", "s - s.max()"),
+    ("rows with small ones underflow", "s - s.max(-1, keepdims=True)", "s - s.max()"),
+    ("sees the next one as well", "k=1)", "k=2)"), ("hides the diagonal", "k=1)", "k=0)"),
+    ("-inf * 0 is nan", "np.triu(np.full((t, t), -np.inf, q.dtype), k=1)",
+     "np.triu(np.ones((t, t), q.dtype), k=1) * -np.inf"),
+    ("-inf * 0 is nan", "np.triu(np.full((t, t), -np.inf, q.dtype), k=1)",
+     "(1 - np.tril(np.ones((t, t), q.dtype))) * -np.inf"),
+    ("exp(0) is 1", " + np.triu(np.full((t, t), -np.inf, q.dtype), k=1)",
+     " * np.tril(np.ones((t, t), q.dtype))"),
+    ("the mask is -10,", "-np.inf", "-10.0"), ("the mask is -100,", "-np.inf", "-100.0"),
+    ("exchanged in the scores", "q @ k.T", "k @ q.T"),
+    ("exchanged throughout", "t, d = q.shape", "t, d = q.shape; q, k = k, q"),
+    ("q stands where k should", "ds @ k", "ds @ q"),
+    ("k stands where q should", "ds.T @ q", "ds.T @ k"),
+    ("k stands where v should", "dout @ v.T", "dout @ k.T"),
+    ("sum of the exponentials lacks keepdims", "p.sum(-1, keepdims=True)\n    dp",
+     "p.sum(-1)\n    dp"),
+    ("summed over the wrong axis", "p.sum(-1, keepdims=True)\n    dp", "p.sum(0)\n    dp"),
+    ("sum of dP * P lacks keepdims", "(dp * p).sum(-1, keepdims=True)", "(dp * p).sum(-1)"),
+    ("maximum lacks keepdims", "s.max(-1, keepdims=True)", "s.max(-1)"),
+    ("twice on the way back", "keepdims=True)) * scale", "keepdims=True)) * scale * scale"),
+    ("1 / sqrt(T)", "d**-0.5", "t**-0.5"), ("is added; it is subtracted", "(dp - (dp", "(dp + (dp"),
+    ("divided by it once too often", "p.T @ dout", "p.T @ dout * scale"),
     ("transpose is missing", "p.T @ dout", "p @ dout"),
     ("P is missing in front", "ds = p * (", "ds = ("),
     ("after the soft-max", "    dp = dout",
@@ -776,7 +893,7 @@ WRONG["attention_backward"] = changed(
      "    dp = dout"),
     ("float64 for float32", ", -np.inf, q.dtype)", ", -np.inf)"),
     ("lacks the factor", "p.T @ dout", "p.T @ dout / t"),
-    ("?", "k=1)", "k=2)"),
+    ("?", "d**-0.5", "(d + 1)**-0.5"),
     ("wrong sign", "ds @ k, ds.T", "-ds @ k, ds.T"),
 )
 RIGHT["attention_backward"] = answers("""
