@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from minilora.exercises.comparison import same
-from minilora.exercises.outcome import CheckFailed, Passed, failed, run
+from minilora.exercises.outcome import CheckFailed, Passed, either, failed, run
 from minilora.nn.module import Parameter
 
 NUMBER = 3
@@ -46,12 +46,14 @@ def lora_forward(cls: type) -> Passed:
     for n, m, r, alpha in ((6, 4, 2, 8), (3, 5, 3, 1.5), (4, 4, 1, 2), (2, 7, 2, 9)):
         layer = make(n, m, r, alpha)
         _check_factors(_array(layer.A), _array(layer.B), n, m, r)
-        _check_scale(layer.scale, alpha, r)
+        _check_scale(layer.scale, alpha, n, m, r)
     _check_init(make)
+    _check_apart(make)
     for n, m, r, alpha in ((6, 4, 2, 8), (3, 5, 3, 1.5), (4, 4, 1, 2)):
         for shape in ((5, n), (2, 3, n), (n,)):
             _check_forward(make(n, m, r, alpha), np.random.default_rng(1), shape, m)
-    return Passed(_NAME, "Checked shapes, start, scale and forward.")
+    _check_in_turn(make)
+    return Passed(_NAME, "Checked shapes, start, scale, forward, and two layers in turn.")
 
 
 def _array(value: Any) -> np.ndarray:
@@ -84,24 +86,28 @@ def _check_factors(a: np.ndarray, b: np.ndarray, n: int, m: int, r: int) -> None
                          read)
 
 
-def _check_scale(scale: Any, alpha: float, r: int) -> None:
+def _check_scale(scale: Any, alpha: float, n: int, m: int, r: int) -> None:
     """Check that scale is alpha / r."""
     read = "scale = alpha / r: with it, r can be changed without a new learning rate."
     if not isinstance(scale, (int, float, np.number)):
         raise failed(_NAME, f"scale should be a number, yours is a {type(scale).__name__}.", read)
-    for value, text in (
+    if math.isclose(scale, alpha / r):
+        return
+    causes = either(text for value, text in (
         (alpha, "scale is alpha: divide it by the rank."),
         (1.0, "scale is 1: alpha / r is missing."),
         (r / alpha, "scale is r / alpha: it is the other way round."),
         (alpha / r**0.5, "scale is alpha / sqrt(r), that of rsLoRA; here it is alpha / r."),
         (alpha * r, "scale is alpha * r: divide."),
         (alpha // r, "scale is rounded down: use / and not //."),
-    ):
-        if math.isclose(scale, value) and not math.isclose(value, alpha / r):
-            raise failed(_NAME, text, read)
-    if not math.isclose(scale, alpha / r):
-        raise failed(_NAME, f"For alpha {alpha} and rank {r}, scale is {scale}, not {alpha / r}.",
-                     read)
+        (1 / r, "scale is 1 / r: alpha is missing."),
+        (alpha / r**2, "scale is alpha / r², divided by the rank twice."),
+        (alpha**2 / r, "scale is alpha² / r: alpha is in it twice."),
+        (alpha / n, "scale is alpha / in: divide by the rank."),
+        (alpha / m, "scale is alpha / out: divide by the rank."),
+    ) if math.isclose(scale, value))
+    raise failed(_NAME, f"For in {n}, out {m}, alpha {alpha} and rank {r} scale is {scale}, not "
+                 f"{alpha / r}. {causes}".rstrip(), read)
 
 
 # ---- The initial values
@@ -117,15 +123,15 @@ def _init_failed(text: str) -> CheckFailed:
 
 def _check_init(make: Callable[..., Any]) -> None:
     """Check the initial values on a layer that is large enough for statistics."""
-    n, m, r = 400, 300, 16
-    layer = make(n, m, r, 16)
+    n, m, r, alpha = 400, 300, 16, 40  # with alpha = r, a scale too much would not show
+    layer = make(n, m, r, alpha)
     a, b = _array(layer.A), _array(layer.B)
     _check_zeros(a, b)
-    _check_distribution(a, m)
-    if not np.array_equal(a, _array(make(n, m, r, 16).A)):
+    _check_distribution(a, m, alpha)
+    if not np.array_equal(a, _array(make(n, m, r, alpha).A)):
         raise _init_failed("Two layers with the same rng differ: draw with the rng that is given, "
                            "not with np.random.")
-    if np.array_equal(a, _array(make(n, m, r, 16, seed=1).A)):
+    if np.array_equal(a, _array(make(n, m, r, alpha, seed=1).A)):
         raise _init_failed("Layers with different rngs have the same A: draw with the rng that is "
                            "given.")
 
@@ -142,7 +148,36 @@ def _check_zeros(a: np.ndarray, b: np.ndarray) -> None:
         raise _init_failed("B is not zero: the model does not start as the base.")
 
 
-def _check_distribution(a: np.ndarray, m: int) -> None:
+def _wrong_bounds(n: int, m: int, r: int, alpha: float) -> list[tuple[float, str]]:
+    """Return bounds that A may be drawn between by mistake, and what is wrong with them."""
+    bound, kaiming = n**-0.5, "LoRA takes a = sqrt(5), which gives 1/sqrt(in)."
+    return [
+        (r**-0.5, "1/sqrt(rank): take the number of inputs, A's first axis."),
+        (m**-0.5, "1/sqrt(out): take the number of inputs."),
+        ((n + m) ** -0.5, "1/sqrt(in + out): take the number of inputs."),
+        (1.0, "1: divide by sqrt(in)."),
+        (1 / n, "1/in: take the root, 1/sqrt(in)."),
+        (n**0.5, "sqrt(in): divide by it."),
+        ((6 / (n + r)) ** 0.5, "sqrt(6/(in + rank)): that is Xavier's bound; LoRA takes "
+         "1/sqrt(in)."),
+        ((6 / (n + m)) ** 0.5, "sqrt(6/(in + out)): that is Xavier's bound; LoRA takes "
+         "1/sqrt(in)."),
+        (6**0.5 * bound, f"sqrt(6/in): that is Kaiming's bound for a = 0; {kaiming}"),
+        (3**0.5 * bound, f"sqrt(3/in): that is Kaiming's bound for a = 1; {kaiming}"),
+        (2**0.5 * bound, "sqrt(2/in): take 1/sqrt(in)."),
+        (bound / 2, "half of 1/sqrt(in): rng.uniform takes both ends, -1/sqrt(in) and 1/sqrt(in)."),
+        (2 * bound, "twice 1/sqrt(in)."),
+        (alpha / r * bound, "1/sqrt(in) times the scale: the scale belongs into forward alone."),
+        (r / alpha * bound, "1/sqrt(in) divided by the scale: it belongs into forward alone."),
+        (alpha * bound, "1/sqrt(in) times alpha: the scale belongs into forward alone."),
+        (r**-0.5 * bound, "1/sqrt(in * rank): the rank does not count here."),
+        (bound / r, "1/sqrt(in) divided by the rank: the rank does not count here."),
+        *((value, f"{value:g}, whatever the number of inputs: take 1/sqrt(in).")
+          for value in (0.5, 0.1, 0.05, 0.02, 0.01, 0.001)),
+    ]
+
+
+def _check_distribution(a: np.ndarray, m: int, alpha: float) -> None:
     """Check that A is uniform between -1/sqrt(in) and 1/sqrt(in)."""
     n, r = a.shape
     if np.linalg.matrix_rank(a) < r:
@@ -152,18 +187,13 @@ def _check_distribution(a: np.ndarray, m: int) -> None:
         raise _init_failed("A takes a few values only: draw uniformly between the bounds.")
     if a.min() >= 0:
         raise _init_failed("A has no negative numbers: draw from -1/sqrt(in) to 1/sqrt(in).")
-    for value, text in (
-        (r**-0.5, "1/sqrt(rank): take the number of inputs, A's first axis."),
-        (m**-0.5, "1/sqrt(out): take the number of inputs."),
-        (1.0, "1: divide by sqrt(in)."),
-        (1 / n, "1/in: take the root, 1/sqrt(in)."),
-        ((6 / (n + r)) ** 0.5, "sqrt(6/(in + rank)): that is Xavier's bound; LoRA takes "
-         "1/sqrt(in)."),
-        (6**0.5 * bound, "sqrt(6/in): that is Kaiming's bound for a = 0; LoRA takes a = sqrt(5), "
-         "which gives 1/sqrt(in)."),
-    ):
-        if abs(largest / value - 1) < 0.01 and abs(value / bound - 1) > 0.1:
-            raise _init_failed(f"A is drawn up to {text}")
+    if a.max() <= 0:
+        raise _init_failed("A has no positive numbers: draw from -1/sqrt(in) to 1/sqrt(in).")
+    uniform = abs(a.std() / largest - 3**-0.5) < 0.03 and abs(a.mean()) < 0.05 * largest
+    causes = either(f"A is drawn up to {text}" for value, text in _wrong_bounds(n, m, r, alpha)
+                    if abs(largest / value - 1) < 0.01)
+    if uniform and causes and abs(largest / bound - 1) > 0.01:
+        raise _init_failed(causes)
     if largest > 1.001 * bound or np.abs(a).std() < 0.2 * largest:
         kind = "normal, not uniform" if largest > 3 * a.std() else "too large"
         raise _init_failed(f"A looks {kind}: |A| goes up to {largest:.4f}, where 1/sqrt({n}) = "
@@ -173,11 +203,28 @@ def _check_distribution(a: np.ndarray, m: int) -> None:
                            f"{a.min():.4f} to {a.max():.4f}.")
 
 
+def _check_apart(make: Callable[..., Any]) -> None:
+    """Check that a second layer leaves the first as it was, and shares no array with it."""
+    first = make(6, 4, 2, 8)
+    a, b, scale = _array(first.A).copy(), _array(first.B).copy(), first.scale
+    second = make(6, 4, 2, 3, seed=1)
+    read = "what belongs to one layer is an attribute of self, and a new array."
+    for what, same_as_before in (("A", same(_array(first.A), a)), ("B", same(_array(first.B), b)),
+                                 ("scale", first.scale == scale)):
+        if not same_as_before:
+            raise failed(_NAME, f"Making a second layer changes {what} of the first: it is kept in "
+                         "the class, or in a global, and not in self.", read)
+    for what in ("A", "B"):
+        if np.shares_memory(_array(getattr(first, what)), _array(getattr(second, what))):
+            raise failed(_NAME, f"Two layers share one {what}: training one would change the "
+                         "other. Make a new array in the constructor.", read)
+
+
 # ---- Forward
 
 
-def _check_forward(layer: Any, rng: np.random.Generator, shape: tuple[int, ...], m: int) -> None:
-    """Check forward for one shape of x, with new numbers in A and B."""
+def _fill(layer: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Put new numbers into A and B, and return them."""
     a, b = (rng.standard_normal(_array(f).shape) for f in (layer.A, layer.B))
     for attribute, value in (("A", a), ("B", b)):
         holder = getattr(layer, attribute)
@@ -185,6 +232,35 @@ def _check_forward(layer: Any, rng: np.random.Generator, shape: tuple[int, ...],
             holder.data = value.copy()
         else:
             setattr(layer, attribute, value.copy())
+    return a, b
+
+
+def _check_in_turn(make: Callable[..., Any]) -> None:
+    """Check forward of two layers in turn, with A and B that change as if by training."""
+    layers, rng = (make(6, 4, 2, 8), make(6, 4, 2, 3, seed=1)), np.random.default_rng(2)
+    for step in range(3):
+        factors = [_fill(layer, rng) if step < 2 else (_array(layer.A), _array(layer.B))
+                   for layer in layers]
+        if step == 2:  # in place, as an optimizer does it
+            for array in (array for pair in factors for array in pair):
+                array *= 0.5
+        for layer, (a, b) in zip(layers, factors, strict=True):
+            x = rng.standard_normal((5, 6))
+            got = run(_NAME, lambda layer=layer, x=x: layer.forward(x.copy()))
+            if same(got, float(layer.scale) * (x @ a @ b)):
+                continue
+            if step == 0:
+                raise failed(_NAME, "With two layers, forward of one is wrong: it uses what "
+                             "belongs to the other, from the class or a global. Use self alone.")
+            raise failed(_NAME, "forward is right at first, but not after x, A and B have changed: "
+                         "it keeps something that it computed before. Use self.A and self.B as "
+                         "they are now.")
+
+
+def _check_forward(layer: Any, rng: np.random.Generator, shape: tuple[int, ...], m: int) -> None:
+    """Check forward for one shape of x, with new numbers in A and B."""
+    first_a = _array(layer.A).copy()
+    a, b = _fill(layer, rng)
     x = rng.standard_normal(shape)
     given, s = x.copy(), float(layer.scale)
     got = run(_NAME, lambda: layer.forward(given))
@@ -198,18 +274,29 @@ def _check_forward(layer: Any, rng: np.random.Generator, shape: tuple[int, ...],
         if not same(again, got) or not (same(_array(layer.A), a) and same(_array(layer.B), b)):
             raise failed(_NAME, "forward changes A or B: a second call gives something else.")
         return
-    for value, text in (
+    causes = either(text for value, text in (
         (x @ a @ b, "the scale is missing."), (s * s * (x @ a @ b), "the scale is in it twice."),
         (s * (x @ a), "B is missing."), (s * (x @ a @ b) + (x if shape[-1] == m else 0),
          "x is added; the sum with x W is for the layer around this one."),
-        (np.zeros((*shape[:-1], m)), "forward uses a product that was made in the constructor, or "
-         "a copy of B; it has to use self.A and self.B as they are now."),
+        (np.zeros((*shape[:-1], m)), "it is zero: forward uses a product that was made in the "
+         "constructor, or a copy of B, or a global; it has to use self.A and self.B as they are "
+         "now."),
+        (s * (x @ first_a @ b), "it uses a copy of A from the constructor, or a global; it has to "
+         "use self.A as it is now."),
+        (x @ first_a @ b, "it uses a copy of A from the constructor, without the scale."),
         (x @ a @ b / s, "it is divided by the scale."),
         (s * a.shape[1] * (x @ a @ b), "it is multiplied by alpha instead of the scale, "
          "alpha / r."),
-    ):
-        if same(got, value):
-            raise failed(_NAME, f"forward: {text}", read)
+        (s * (np.maximum(x @ a, 0) @ b), "the negative numbers of x A are cut off at 0; the layer "
+         "is linear."),
+        (np.maximum(s * (x @ a @ b), 0), "the negative numbers are cut off at 0; the layer is "
+         "linear."),
+        (s * (x @ a @ b) / a.shape[1], "it is divided by the rank once more; the scale is "
+         "divided by it already."),
+        (-s * (x @ a @ b), "it has the wrong sign."),
+    ) if same(got, value))
+    if causes:
+        raise failed(_NAME, f"forward: {causes}", read)
     if got.shape != (*shape[:-1], m):
         raise failed(_NAME, f"forward of x {shape} should have shape {(*shape[:-1], m)}, yours has "
                      f"{got.shape}.", read)

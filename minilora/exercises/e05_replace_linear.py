@@ -73,6 +73,7 @@ def _check_first_call(
 ) -> None:
     """Check the call that replaces all Linears of a model."""
     linears = _linears(model)
+    dtypes = {path: p.data.dtype for path, p in model.named_parameters()}
     result: Any = run(_NAME, lambda: function(model, _RANK, _ALPHA))
     if result is None:
         raise failed(_NAME, "It returns nothing; return the model.")
@@ -81,6 +82,7 @@ def _check_first_call(
                      "it was given: change that one in place, with setattr, and return it.")
     _check_replaced(model, linears)
     _check_frozen(model)
+    _check_new(model, set(dtypes.values()))
     if not np.allclose(model(data), expected, atol=1e-5):
         raise failed(_NAME, "The model's output has changed. With B = 0 it must not.")
 
@@ -147,12 +149,35 @@ def _check_replaced(model: Module, linears: dict[str, Linear]) -> None:
         if layer.lora.rank != _RANK or layer.lora.alpha != _ALPHA:
             raise failed(_NAME, f"{path} has rank {layer.lora.rank} and alpha {layer.lora.alpha}, "
                          "not the rank 2 and alpha 6 that were given.", read)
+        if layer.merged:
+            raise failed(_NAME, f"{path} comes back merged; a merged layer cannot be trained.",
+                         read)
         if layer.lora.scale != 3.0:
             raise failed(_NAME, f"{path} has the scale {layer.lora.scale:g}, not alpha / r = 3: "
                          "leave the scaling as it is by default.", read)
     extra = [path for path in wrapped if path not in linears]
     if extra:
         raise failed(_NAME, f"There are LoRA layers where no Linear was: {', '.join(extra)}.", read)
+
+
+def _check_new(model: Module, dtypes: set[np.dtype]) -> None:
+    """Check that each LoRA layer has its own A and B, with the start and dtype they should have."""
+    seen: dict[int, str] = {}
+    for path, layer in _wrapped(model).items():
+        for what, p in (("A", layer.lora.A), ("B", layer.lora.B)):
+            first = seen.setdefault(id(p.data), path)
+            if first != path:
+                raise failed(_NAME, f"{first} and {path} share one {what}: each Linear needs a "
+                             "LinearWithLoRA, and so A and B, of its own.")
+        if not layer.lora.A.data.any():
+            raise failed(_NAME, f"A of {path} is zero, like B: then nothing is ever learned. Leave "
+                         "both as LinearWithLoRA makes them.")
+        if layer.lora.B.data.any():
+            raise failed(_NAME, f"B of {path} is not zero, so the model does not start as the "
+                         "base. Leave A and B as LinearWithLoRA makes them.")
+    for path, p in model.named_parameters():
+        if p.data.dtype not in dtypes:
+            raise failed(_NAME, f"{path} has become {p.data.dtype}: keep the dtype of the model.")
 
 
 def _check_none_left(left: list[str], linears: dict[str, Linear], read: str) -> None:

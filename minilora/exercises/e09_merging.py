@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.exercises.comparison import same
-from minilora.exercises.outcome import Passed, failed, run
+from minilora.exercises.comparison import same, show_difference
+from minilora.exercises.outcome import Passed, either, failed, run
 
 NUMBER = 9
 # Name of the check: the name that a submission must define.
@@ -34,19 +34,43 @@ def merge(cls: type) -> Passed:
     if not isinstance(cls, type):
         raise failed(_NAME, f"Give the class itself, not {type(cls).__name__}.")
     rng = np.random.default_rng(0)
-    for n, m, r in ((4, 3, 2), (3, 3, 1), (5, 6, 4)):
-        w, a, b = (rng.standard_normal(s) for s in ((n, m), (n, r), (r, m)))
-        trial = _Trial(cls, w, 50 * a, b, 0.3, rng.standard_normal((4, n)))
-        trial.check_before_merging()
-        trial.check_merging()
-        trial.check_unmerging()
-        trial.check_second_round()
-    small = [rng.standard_normal(shape).astype(np.float32) for shape in ((4, 3), (4, 2), (2, 3))]
-    layer = run(_NAME, lambda: cls(*small, 0.5))
-    run(_NAME, layer.merge)
-    if np.asarray(run(_NAME, lambda: layer.forward(small[0].T.copy()))).dtype != np.float32:
-        raise failed(_NAME, "With float32 arrays the result is not float32: keep their dtype.")
-    return Passed(_NAME, "Checked forward, merging, both traps, and that the weight comes back.")
+    for dtype in (np.float64, np.float32):
+        for n, m, r in ((4, 3, 2), (3, 3, 1), (5, 6, 4)):
+            w, a, b, x = (rng.standard_normal(shape).astype(dtype)
+                          for shape in ((n, m), (n, r), (r, m), (7, n)))
+            trial = _Trial(cls, w, 50 * a, b, 0.3, x)
+            trial.check_before_merging()
+            trial.check_merging()
+            trial.check_unmerging()
+            trial.check_second_round()
+            _check_in_turn(cls, w, a, b, x)
+    return Passed(_NAME, "Checked forward, merging, both traps, that the weight comes back, and "
+                  "two layers in turn.")
+
+
+def _check_in_turn(
+    cls: type, w: np.ndarray, a: np.ndarray, b: np.ndarray, x: np.ndarray
+) -> None:
+    """Check two layers of the same shapes that are merged and unmerged in turn."""
+    inputs = ((w, a, b, 0.3), (2 - w, 1 - a, 1 - b, 0.7))
+    layers = [run(_NAME, lambda given=given: cls(*given)) for given in inputs]
+    before = [np.array(run(_NAME, lambda layer=layer: layer.forward(x.copy())))
+              for layer in layers]
+    for method in ("merge", "unmerge"):
+        for layer in layers:
+            run(_NAME, getattr(layer, method))
+        for layer, (weight, p, q, s), old in zip(layers, inputs, before, strict=True):
+            got = np.array(run(_NAME, lambda layer=layer: layer.forward(x.copy())))
+            if not same(got, x @ (weight + s * p @ q), _tolerance(x)) or (
+                    method == "unmerge" and not np.array_equal(got, old)):
+                raise failed(_NAME, f"With two layers in turn, {method} is wrong, though it is "
+                             "right with one: something, such as the old weight, is kept in the "
+                             "class or a global, and not in self.")
+
+
+def _tolerance(array: np.ndarray) -> float:
+    """Return how far results in the dtype of `array` may be off."""
+    return 1e-11 if array.dtype == np.float64 else 1e-4
 
 
 class _Trial:
@@ -55,14 +79,20 @@ class _Trial:
     The checks follow one another and must be called in order.
     """
 
+    stage = ""  # when, for messages
+
     def __init__(
         self, cls: type, w: np.ndarray, a: np.ndarray, b: np.ndarray, s: float, x: np.ndarray
     ) -> None:
         self.w, self.a, self.b, self.s, self.x = w, a, b, s, x
         self.given = {"W": w.copy(), "A": a.copy(), "B": b.copy()}
         self.layer = run(_NAME, lambda: cls(*self.given.values(), s))
-        self.twin = run(_NAME, lambda: cls(2 * w, a.copy(), b.copy(), s))  # shares nothing
         self.full, self.double = x @ (w + s * a @ b), x @ (w + 2 * s * a @ b)
+        alone = self.forward() if not self.merged() else None
+        self.twin = run(_NAME, lambda: cls(2 - w, 1 - a, 1 - b, s + 1))  # shares nothing
+        if alone is not None and not np.array_equal(self.forward(), alone):
+            raise failed(_NAME, "Making a second layer changes what the first one computes: "
+                         "something is kept in the class or a global, and not in self.")
 
     # The layer's state
 
@@ -75,7 +105,14 @@ class _Trial:
             raise failed(_NAME, "forward returns nothing.")
         if not np.array_equal(inputs, self.x):
             raise failed(_NAME, "forward changes its input x in place.")
-        return np.array(y)
+        y = np.array(y)
+        if y.shape != self.full.shape:
+            raise failed(_NAME, f"forward of x {self.x.shape} should have shape {self.full.shape}, "
+                         f"yours has {y.shape}.", _READ)
+        if y.dtype != self.x.dtype:
+            raise failed(_NAME, f"forward is {y.dtype}{self.stage} where all arrays are "
+                         f"{self.x.dtype}: keep their dtype.")
+        return y
 
     def merged(self, layer: Any = None) -> bool:
         """Return whether the layer, or another one, says that it is merged."""
@@ -86,7 +123,15 @@ class _Trial:
 
     def gives(self, expected: np.ndarray) -> bool:
         """Return whether the output of the layer is `expected`."""
-        return same(self.forward(), expected)
+        return same(self.forward(), expected, _tolerance(self.x))
+
+    def cause(self, *pairs: tuple[np.ndarray, str]) -> str:
+        """Return the texts of those wrong values which forward gives; "" if none."""
+        got = self.forward()
+        if same(got, self.full, 1e-5):
+            return (f"forward{self.stage} is right to a few digits only, as if something were "
+                    f"float32 or rounded. Keep the dtype of the arrays, {self.x.dtype}.")
+        return either(text for value, text in pairs if same(got, value, _tolerance(self.x)))
 
     def check_arrays(self, when: str) -> None:
         """Check that W, A and B have not been changed in place."""
@@ -100,22 +145,25 @@ class _Trial:
 
     def check_before_merging(self) -> None:
         """Check forward and merged of a new layer."""
-        for value, text in (
-            (self.x @ self.w, "forward leaves the LoRA branch out before merging."),
-            (self.x @ (self.w + self.a @ self.b), "forward lacks the scale."),
-            (self.double, "forward adds the LoRA branch twice before merging."),
-        ):
-            if self.gives(value):
-                raise failed(_NAME, text, _READ)
-        if not self.gives(self.full):
-            raise failed(_NAME, "forward before merging is not x W + scale * x A B.", _READ)
-        self.check_arrays("Construction or forward")
         if self.merged():
             raise failed(_NAME, "merged should be False at first.")
+        self.check_arrays("Construction or forward")
+        w, a, b, s, x = self.w, self.a, self.b, self.s, self.x
+        if not self.gives(self.full):
+            raise failed(_NAME, self.cause(
+                (x @ w, "forward leaves the LoRA branch out before merging."),
+                (x @ (w + a @ b), "forward lacks the scale."),
+                (x @ (w + s * s * a @ b), "forward has the scale twice."),
+                (x @ (w - s * a @ b), "forward subtracts the LoRA branch."),
+                (x @ (s * a @ b), "forward leaves x W out before merging."),
+                (s * x @ (w + a @ b), "forward multiplies x W by the scale, too."),
+                (self.double, "forward adds the LoRA branch twice before merging."),
+            ) or "forward before merging is not x W + scale * x A B.", _READ)
 
     def check_merging(self) -> None:
         """Check merge, and that a second merge is refused."""
         self.before, other = self.forward(), self.forward(self.twin)
+        self.stage = " after merging"
         run(_NAME, self.layer.merge)
         self.check_arrays("merge")
         self.check_merged()
@@ -136,7 +184,9 @@ class _Trial:
         read = "after merging, the weight is W + s A B, and forward is one product with it."
         if not self.merged():
             raise failed(_NAME, "merged should be True after merge(): forward looks at it.")
-        for value, text in (
+        if self.gives(self.full):
+            return
+        raise failed(_NAME, self.cause(
             (self.double, "after merging, the output has the update twice: forward still adds "
              "x A B, though it is in the weight now."),
             (x @ w, "after merging, the update is gone: forward leaves it out, but it is not in "
@@ -145,23 +195,28 @@ class _Trial:
             (x @ (w + s * s * a @ b), "the merged weight has the scale twice."),
             (x @ (w - s * a @ b), "the update is subtracted in merging."),
             (x @ (s * a @ b), "the merged weight is the update alone; add it to W."),
-        ):
-            if self.gives(value):
-                raise failed(_NAME, text, read)
-        if not self.gives(self.full):
-            raise failed(_NAME, "after merging, the output is another than before.", read)
+            (x @ (w + s * s * a @ b + s * a @ b), "the update is added in merge and, with the "
+             "scale once more, in forward."),
+        ) or "after merging, the output is another than before.\n"
+            + show_difference("x (W + s A B)", self.forward(), self.full), read)
 
     def check_unmerging(self) -> None:
         """Check unmerge, and that a second unmerge is refused."""
+        self.stage = " after merge and unmerge"
         run(_NAME, self.layer.unmerge)
         if self.merged():
             raise failed(_NAME, "merged should be False after unmerge().")
+        w, a, b, s, x = self.w, self.a, self.b, self.s, self.x
         if not self.gives(self.full):
-            left = self.gives(self.double)
-            text = "unmerge leaves the update in the weight." if left else (
-                "after merge and unmerge, the output is another than before.")
-            raise failed(_NAME, f"{text} (Did the second merge, which was refused, overwrite the "
-                         "weight that was kept? Check first, then remember.)", _READ)
+            raise failed(_NAME, self.cause(
+                (self.double, "unmerge leaves the update in the weight. (Did the second merge, "
+                 "which was refused, overwrite the weight that was kept? Check first, then "
+                 "remember.)"),
+                (x @ w, "after unmerge the LoRA branch is gone: A, B and the scale must be as they "
+                 "were, and forward must add the branch again."),
+                (x @ (w - s * a @ b), "unmerge takes the update off the weight more than once."),
+            ) or "after merge and unmerge, the output is another than before.\n"
+                + show_difference("x (W + s A B)", self.forward(), self.full), _READ)
         if not np.array_equal(self.forward(), self.before):
             raise failed(_NAME, "unmerge does not give the old weight back bit for bit: "
                          "subtracting leaves rounding errors. Keep the old weight and put it back.",
@@ -172,6 +227,11 @@ class _Trial:
         """Check that merge uses B as it is now, after B has changed as if by training."""
         self.given["B"] *= 0.5
         trained = self.forward()
+        held = any(value is self.given["B"] for value in getattr(
+            self.layer, "__dict__", {}).values())
+        if held and same(trained, self.full, _tolerance(self.x)):  # no copy of its own, and yet
+            raise failed(_NAME, "forward uses an update from before: take A and B as they are when "
+                         "it is called.", _READ)
         run(_NAME, self.layer.merge)
         if not self.gives(trained):
             raise failed(_NAME, "A second round of merging uses an update from before: take A and "

@@ -374,7 +374,8 @@ def f(z, t):
     return loss, d
 """)
 
-LAYER = '''class L:
+LAYER = '''STORE = {{}}
+class L:
     def __init__(self, n, m, r, alpha, rng):
         {init}
     def forward(self, x):
@@ -432,6 +433,34 @@ WRONG["lora_forward"] = layers(
     ("alpha instead of the scale", GOOD + "; self.alpha = alpha",
      "return self.alpha * (x @ self.A @ self.B)"),
     ("its input x in place", None, "x *= self.scale; return x @ self.A @ self.B"),
+    ("times the scale", GOOD + "; self.A = self.scale * self.A", None),
+    ("divided by the scale", GOOD + "; self.A = self.A / self.scale", None),
+    ("times alpha", GOOD + "; self.A = alpha * self.A", None),
+    ("1/sqrt(in * rank)", GOOD + "; self.A = self.A / r**.5", None),
+    ("sqrt(3/in)", GOOD + "; self.A = self.A * 3**.5", None),
+    ("0.01, whatever", GOOD.replace("n**-.5", ".01"), None),
+    ("half of 1/sqrt(in)", GOOD + "; self.A = self.A / 2", None),
+    ("no positive numbers", GOOD + "; self.A = -abs(self.A)", None),
+    ("alpha is missing", GOOD.replace("alpha / r", "1 / r"), None),
+    ("divided by the rank twice", GOOD.replace("alpha / r", "alpha / r / r"), None),
+    ("changes A of the first", GOOD.replace("self.A", "L.A"), None),
+    ("changes scale of the first", GOOD.replace("self.scale", "L.scale"), None),
+    ("share one B", GOOD.replace("self.B", "L.B"), None),
+    ("share one B", GOOD.replace("np.zeros((r, m))", "STORE.setdefault((r, m), np.zeros((r, m)))"),
+     None),
+    ("uses what belongs to the other", GOOD + "; L.last = self.scale",
+     "return L.last * (x @ self.A @ self.B)"),
+    ("it is zero", GOOD + "; STORE['AB'] = self.A, self.B",
+     "return self.scale * (x @ STORE['AB'][0] @ STORE['AB'][1])"),
+    ("copy of A from the constructor", GOOD + "; self.first = self.A",
+     "return self.scale * (x @ self.first @ self.B)"),
+    ("not after x, A and B have changed", None,
+     "self.AB = getattr(self, 'AB', self.A @ self.B); return self.scale * (x @ self.AB)"),
+    ("not after x, A and B have changed", None, "self.sA = getattr(self, 'sA', self.scale * self.A)"
+     "; return x @ self.sA @ self.B"),
+    ("not after x, A and B have changed", GOOD + "; self.y = {}",
+     "return self.y.setdefault(x.shape, self.scale * (x @ self.A @ self.B))"),
+    ("x A are cut off", None, "return self.scale * (np.maximum(x @ self.A, 0) @ self.B)"),
 )
 RIGHT["lora_forward"] = layers(
     ("parameters", "self.A = Parameter(rng.uniform(-n**-.5, n**-.5, (n, r))); "
@@ -653,6 +682,33 @@ def f(model, rank, alpha):
     g(model, rank, alpha)
     return model
 """)
+REPLACE = """STORE = {}
+def g(model, rank, alpha):
+    for name, child in list(model.named_children()):
+        if isinstance(child, Linear): setattr(model, name, LinearWithLoRA(child, rank, alpha))
+        elif not isinstance(child, LinearWithLoRA): g(child, rank, alpha)
+def f(model, rank, alpha):
+    for name, p in model.named_parameters():
+        if ".lora." not in name: p.requires_grad = False
+    g(model, rank, alpha)
+    for name, m in model.named_modules():
+        if isinstance(m, LinearWithLoRA): pass
+    return model
+"""
+WRONG["replace_linear"] += changed(
+    REPLACE,
+    ("comes back merged", "pass", "m.merge()"),
+    ("A of first is zero", "pass", "m.lora.A.data = 0 * m.lora.A.data"),
+    ("B of first is not zero", "pass", "m.lora.B.data = m.lora.B.data + 1"),
+    ("has become float64", "pass", "m.lora.A.data = m.lora.A.data.astype(float)"),
+    ("share one B", "pass", "m.lora.B.data = STORE.setdefault("
+     "m.lora.B.data.shape, m.lora.B.data)"),
+    ("share one A", "pass", "m.lora = STORE.setdefault("
+     "(m.lora.A.data.shape, m.lora.B.data.shape), m.lora)"),
+    ("The base is not frozen", "p.requires_grad", "p.grad"),
+    ("not the rank 2 and alpha 6", "(child, rank, alpha))", "(child, 4, 8))"),
+    ("body.0.lora.A is frozen", "pass", "m.lora.A.requires_grad = False"),
+)
 RIGHT["replace_linear"] = answers("""
 the library's
 def f(model, rank, alpha): return ml.replace_linear_with_lora(model, rank, alpha)
@@ -974,7 +1030,64 @@ WRONG["merge"] = changed(
     ("changes its input x", "        y = x @ self.W\n", "        x *= 1.0; x += 1; x -= 1\n"
      "        y = x @ self.W\n"),
 )
+WRONG["merge"] += changed(
+    MERGE,
+    ("Making a second layer", "self.A", "M.A"), ("Making a second layer", "self.s", "M.s"),
+    ("Making a second layer", "self.W", "M.W"),
+    ("With two layers in turn, unmerge", "self.old", "M.old"),
+    ("float64 after merging where all arrays are float32", "self.s * (self.A @ self.B)\n    ",
+     "np.float64(self.s) * (self.A.astype(float) @ self.B)\n    "),
+    ("after merging is right to a few digits", "self.W + self.s * (self.A @ self.B)",
+     "(self.W + self.s * (self.A @ self.B)).astype(np.float32)"),
+    ("float64 after merge and unmerge", "self.W = self.old", "self.W = self.old.astype(float)"),
+    ("forward is right to a few digits", "= W, A, B, s",
+     "= *(z.astype('f4') for z in (W, A, B)), s"),
+    ("merged should be False at first", "s, False", "s, True"),
+    ("the LoRA branch is gone", "self.merged = True", "self.merged = True; self.B = 0 * self.B"),
+    ("forward subtracts", "y + self.s", "y - self.s"),
+    ("should have shape", "return y if", "return self.W if"),
+)
 WRONG["merge"] += answers("""
+With two layers in turn, unmerge
+old = []
+class M:
+    def __init__(self, W, A, B, s): self.W, self.A, self.B, self.s, self.merged = W, A, B, s, False
+    def forward(self, x):
+        return x @ self.W if self.merged else x @ self.W + self.s * (x @ self.A @ self.B)
+    def merge(self):
+        if self.merged: raise RuntimeError("twice")
+        old.append(self.W)
+        self.W, self.merged = self.W + self.s * self.A @ self.B, True
+    def unmerge(self):
+        if not self.merged: raise RuntimeError("not merged")
+        self.W, self.merged = old.pop(), False
+---
+With two layers in turn, unmerge
+old = {}
+class M:
+    def __init__(self, W, A, B, s): self.W, self.A, self.B, self.s, self.merged = W, A, B, s, False
+    def forward(self, x):
+        return x @ self.W if self.merged else x @ self.W + self.s * (x @ self.A @ self.B)
+    def merge(self):
+        if self.merged: raise RuntimeError("twice")
+        old[self.W.shape] = self.W
+        self.W, self.merged = self.W + self.s * self.A @ self.B, True
+    def unmerge(self):
+        if not self.merged: raise RuntimeError("not merged")
+        self.W, self.merged = old[self.W.shape], False
+---
+forward uses an update from before
+class M:
+    def __init__(self, W, A, B, s):
+        self.W, self.A, self.B, self.s, self.merged, self.first = W, A, B, s, False, s * A @ B
+    def forward(self, x): return x @ self.W if self.merged else x @ self.W + x @ self.first
+    def merge(self):
+        if self.merged: raise RuntimeError("twice")
+        self.old, self.W, self.merged = self.W, self.W + self.first, True
+    def unmerge(self):
+        if not self.merged: raise RuntimeError("not merged")
+        self.W, self.merged = self.old, False
+---
 moves nothing into the weight
 class M:
     def __init__(self, W, A, B, s): self.W, self.A, self.B, self.s, self.merged = W, A, B, s, False
