@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from minilora.exercises.engine import check
+from minilora.exercises.gpt_count import counted_blocks, counted_with, describe_count, gpt_count
 from minilora.exercises.outcome import Passed, failed, run
 from minilora.exercises.task import Mistake, Task
 
@@ -45,8 +46,44 @@ LORA_PARAMETERS = Task(
         Mistake("only the last matrix is counted.",
                 lambda shapes, rank: sum(rank * (n + m) for n, m in shapes[-1:])),
         Mistake("the rank is missing.", lambda shapes, rank: sum(n + m for n, m in shapes)),
-        Mistake("biases are counted; LoRA has none.",
-                lambda shapes, rank: sum(rank * (n + m) + m for n, m in shapes)),
+        *(Mistake(says, lambda shapes, rank, more=more: sum(
+            rank * (n + m) + more(n, m, rank) for n, m in shapes)) for says, more in (
+            ("biases are counted; LoRA has none.", lambda n, m, r: m),
+            ("biases are counted; LoRA has none.", lambda n, m, r: n),
+            ("biases are counted, and twice; LoRA has none.", lambda n, m, r: 2 * m),
+            ("biases are counted; LoRA has none.", lambda n, m, r: n + m),
+            ("biases are counted; LoRA has none.", lambda n, m, r: r),
+            ("biases are counted; LoRA has none.", lambda n, m, r: r + m),
+            ("1 is added for each matrix: the scale is no parameter.", lambda n, m, r: 1),
+            ("r² is added for each matrix; A and B is all there is.", lambda n, m, r: r * r),
+            ("the frozen matrix is counted as well; only A and B are LoRA's.",
+             lambda n, m, r: n * m))),
+        *(Mistake(says, lambda shapes, rank, count=count: sum(
+            count(n, m, rank) for n, m in shapes)) for says, count in (
+            ("r, n and m are added up; A has n times r numbers, B has r times m.",
+             lambda n, m, r: r + n + m),
+            ("r is multiplied by m only: brackets are missing, r * (n + m).",
+             lambda n, m, r: n + m * r),
+            ("r is multiplied by n only: brackets are missing, r * (n + m).",
+             lambda n, m, r: n * r + m),
+            ("this is how many numbers are saved, n m - r (n + m).",
+             lambda n, m, r: n * m - r * (n + m)),
+            ("only the smaller of n and m is counted.", lambda n, m, r: r * min(n, m)),
+            ("only the larger of n and m is counted.", lambda n, m, r: r * max(n, m)),
+            ("it takes every matrix for square, as wide as the larger of n and m.",
+             lambda n, m, r: 2 * r * max(n, m)),
+            ("it takes every matrix for square, as wide as the smaller of n and m.",
+             lambda n, m, r: 2 * r * min(n, m)))),
+        Mistake("the rank is in it twice.",
+                lambda shapes, rank: sum(rank**2 * (n + m) for n, m in shapes)),
+        Mistake("the sum is multiplied by the number of matrices.",
+                lambda shapes, rank: len(shapes) * sum(rank * (n + m) for n, m in shapes)),
+        Mistake("this is the mean over the matrices; add them up.", lambda shapes, rank: sum(
+            rank * (n + m) for n, m in shapes) / max(len(shapes), 1)),
+        Mistake("matrices of one shape are counted once only; each has its own A and B.",
+                lambda shapes, rank: sum(rank * (n + m) for n, m in set(shapes))),
+        Mistake("this is in millions; return the number itself.",
+                lambda shapes, rank: sum(rank * (n + m) for n, m in shapes) / 1e6),
     ]},
     read={"count": "A is (n, r) and B is (r, m): r (n + m) numbers for each matrix."},
     float32=False,
@@ -72,56 +109,65 @@ def lora_parameters(function: Callable[..., Any]) -> Passed:
 # ---- The parameters of a GPT
 
 
-def _gpt_count(vocab_size: int, context_length: int, d_model: int, n_layers: int) -> int:
-    """Return the parameters of a GPT-2 whose head is tied to the token embedding."""
-    d = d_model
-    block = (4 * d * d + 4 * d) + (8 * d * d + 5 * d) + 2 * 2 * d
-    return vocab_size * d + context_length * d + n_layers * block + 2 * d
-
-
-def _gpt_with(**changes: int) -> Callable[..., int]:
-    """Return a function that adds these multiples of V d, T d, d, L d or L d d to the count."""
-
-    def wrong(vocab_size: int, context_length: int, d_model: int, n_layers: int) -> int:
-        count = _gpt_count(vocab_size, context_length, d_model, n_layers)
-        of = {"V d": vocab_size * d_model, "T d": context_length * d_model, "d": d_model,
-              "L d": n_layers * d_model, "L d d": n_layers * d_model**2}
-        return count + sum(times * of[name.replace("_", " ")] for name, times in changes.items())
-
-    return wrong
-
-
 GPT_PARAMETERS = Task(
     name="gpt_parameters",
     outputs=("count",),
-    reference=_gpt_count,
+    reference=gpt_count,
     cases=[dict(zip(("vocab_size", "context_length", "d_model", "n_layers"), c, strict=True))
            for c in [(5, 3, 2, 1), (96, 64, 64, 2), (96, 128, 128, 4), (50257, 1024, 768, 12),
-                     (50257, 1024, 1600, 48), (7, 11, 13, 5)]],
+                     (50257, 1024, 1600, 48), (7, 11, 13, 5), (19, 3, 5, 7)]],
     mistakes={"count": [
         Mistake("the head is counted; it is tied to the token embedding, one matrix for both.",
-                _gpt_with(V_d=1)),
-        Mistake("the position embedding is missing: one row for each position.", _gpt_with(T_d=-1)),
-        Mistake("the token embedding is missing.", _gpt_with(V_d=-1)),
-        Mistake("the last LayerNorm, ln_f, is missing.", _gpt_with(d=-2)),
-        Mistake("4 d are missing in each block: the biases of attention, or the weights and biases "
-                "of the two LayerNorms.", _gpt_with(L_d=-4)),
+                counted_with(V_d=1)),
+        Mistake("the position embedding is missing: one row for each position.",
+                counted_with(T_d=-1)),
+        Mistake("the token embedding is missing.", counted_with(V_d=-1)),
+        Mistake("the last LayerNorm, ln_f, is missing.", counted_with(d=-2)),
+        Mistake("4 d are missing in each block: the biases of attention, the MLP's first bias, or "
+                "the weights and biases of the two LayerNorms.", counted_with(L_d=-4)),
         Mistake("all LayerNorms are missing: two in each block, and one at the end.",
-                _gpt_with(L_d=-4, d=-2)),
-        Mistake("LayerNorms have a weight and a bias, 2 d each.", _gpt_with(L_d=-2, d=-1)),
-        Mistake("each block has two LayerNorms.", _gpt_with(L_d=-2)),
+                counted_with(L_d=-4, d=-2)),
+        Mistake("LayerNorms have a weight and a bias, 2 d each.", counted_with(L_d=-2, d=-1)),
+        Mistake("2 d are missing in each block: it has two LayerNorms, each with a weight and a "
+                "bias.", counted_with(L_d=-2)),
         Mistake("all biases of the linear layers are missing: 4 d in attention, 5 d in the MLP.",
-                _gpt_with(L_d=-9)),
-        Mistake("the biases of the MLP are missing: 4 d and d.", _gpt_with(L_d=-5)),
-        Mistake("the MLP is four times as wide: it has two matrices of 4 d².", _gpt_with(L_d_d=-4)),
-        Mistake("the output projection of attention is missing.", _gpt_with(L_d_d=-1)),
-        Mistake("the output projection of attention is missing.", _gpt_with(L_d_d=-1, L_d=-1)),
-        Mistake("biases and LayerNorms are missing.", _gpt_with(L_d=-13, d=-2)),
+                counted_with(L_d=-9)),
+        Mistake("the biases of the MLP are missing: 4 d and d.", counted_with(L_d=-5)),
+        Mistake("the MLP is four times as wide: it has two matrices of 4 d².",
+                counted_with(L_d_d=-4)),
+        Mistake("one d² is missing in each block, as of the output projection of attention.",
+                counted_with(L_d_d=-1)),
+        Mistake("one d² + d is missing in each block, as of the output projection of attention.",
+                counted_with(L_d_d=-1, L_d=-1)),
+        Mistake("biases and LayerNorms are missing.", counted_with(L_d=-13, d=-2)),
         Mistake("3 d are missing in each block: the biases of q, k and v, or the MLP's first bias, "
-                "which has 4 d numbers and not d.", _gpt_with(L_d=-3)),
+                "which has 4 d numbers and not d.", counted_with(L_d=-3)),
+        Mistake("one block is counted too few.", counted_blocks(lambda n: n - 1)),
+        Mistake("one block is counted too many.", counted_blocks(lambda n: n + 1)),
+        Mistake("only one block is counted; there are n_layers.", counted_blocks(lambda n: 1)),
+        Mistake("the blocks are missing.", counted_blocks(lambda n: 0)),
+        Mistake("ln_f is counted for every block; it comes once, at the end.",
+                lambda vocab_size, context_length, d_model, n_layers: gpt_count(
+                    vocab_size, context_length, d_model, n_layers) + 2 * d_model * (n_layers - 1)),
+        Mistake("the embeddings are counted for every block; they come once.",
+                lambda vocab_size, context_length, d_model, n_layers: gpt_count(
+                    vocab_size, context_length, d_model, n_layers)
+                + (vocab_size + context_length) * d_model * (n_layers - 1)),
+        Mistake("the position embedding is counted for every block; it comes once.",
+                lambda vocab_size, context_length, d_model, n_layers: gpt_count(
+                    vocab_size, context_length, d_model, n_layers)
+                + context_length * d_model * (n_layers - 1)),
+        Mistake("the mask is counted; it is no parameter.",
+                lambda vocab_size, context_length, d_model, n_layers: gpt_count(
+                    vocab_size, context_length, d_model, n_layers) + context_length**2),
+        Mistake("the position embedding has d numbers for each position.",
+                lambda vocab_size, context_length, d_model, n_layers: gpt_count(
+                    vocab_size, context_length, d_model, n_layers)
+                - context_length * (d_model - 1)),
     ]},
     read={"count": "Embeddings (V + T) d; a block 12 d² + 9 d (biases) + 4 d (norms); ln_f 2 d."},
     float32=False,
+    describe=describe_count,
 )
 
 
@@ -195,9 +241,14 @@ def _count(row: dict[str, Any]) -> int:
     return 2 * row["layers"] * row["matrices"] * row["d"] * row["rank"]
 
 
+def _digits(row: dict[str, Any]) -> int:
+    """Return how many digits are printed after the point."""
+    return len(row["printed"].rstrip("M").partition(".")[2])
+
+
 def _follows(row: dict[str, Any], count: float | None = None, digits: int | None = None) -> bool:
     """Return whether the count, rounded to as many digits as are printed, is the printed one."""
-    digits = len(row["printed"].rstrip("M").partition(".")[2]) if digits is None else digits
+    digits = _digits(row) if digits is None else digits
     return f"{(_count(row) if count is None else count) / 1e6:.{digits}f}M" == row["printed"]
 
 
@@ -210,7 +261,8 @@ def _made_table() -> list[dict[str, Any]]:
                "matrices": 1 + i % 4, "rank": 2 ** (i % 5)}
         wrong = (1.0, 1.0, 0.5, 1.08)[i % 4]
         made.append(row | {"printed": f"{wrong * _count(row) / 1e6:.2f}M"})
-    return made
+    exact = {"name": "exact", "d": 12_500, "layers": 10, "matrices": 2, "rank": 2}
+    return [*made, exact | {"printed": "1.0M"}, exact | {"name": "also exact", "printed": "1.00M"}]
 
 
 def _answer(function: Callable[..., Any], table: list[dict[str, Any]]) -> list[str]:
@@ -232,7 +284,34 @@ def _name_cause(tables: tuple[list[dict[str, Any]], ...], answers: list[list[str
     def lists(count: Callable[[dict[str, Any]], float], digits: int | None = None) -> list[list]:
         return [sorted(r["name"] for r in t if not _follows(r, count(r), digits)) for t in tables]
 
+    def differ(wrong: Callable[[float, float, int], bool]) -> list[list]:
+        """List the rows whose count in millions, printed number and digits are `wrong`."""
+        return [sorted(r["name"] for r in t if wrong(
+            _count(r) / 1e6, float(r["printed"][:-1]), _digits(r))) for t in tables]
+
+    if answers == [sorted(r["name"] for r in t) for t in tables]:
+        raise failed(_NAME, "Every row is listed, also those that are right to the last digit, "
+                     "such as 2 * 10 layers * 2 matrices * 12,500 * rank 2 = 1,000,000, printed "
+                     "1.0M. Does the count have all its factors, and is like compared with like: "
+                     "numbers, or texts with the M and as many digits as are printed?", _READ)
     causes = (
+        (differ(lambda x, p, _: abs(x - p) > 1e-9 * p), "you do not round: a printed 0.3M is right "
+         "for anything from 0.25M to 0.35M."),
+        (differ(lambda x, p, k: int(x * 10**k + 1e-6) != round(p * 10**k)),
+         "you cut the digits off, or round down; 0.29M is 0.3M."),
+        (differ(lambda x, p, k: int(x * 10**k + 1 - 1e-6) != round(p * 10**k)),
+         "you round up; round to the nearest."),
+        *((differ(lambda x, p, _, share=share: abs(x / p - 1) > share),
+           f"you allow a difference of {share:.0%}; what is allowed depends on the digits that "
+           "are printed.") for share in (0.01, 0.02, 0.05, 0.1, 0.2)),
+        *((differ(lambda x, p, _, share=share: abs(x - p) > share),
+           f"you allow a difference of {share:g}M; what is allowed depends on the digits that "
+           "are printed.") for share in (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)),
+        ([[] for _ in tables], "no row is listed."),
+        (lists(lambda r: 2 * _count(r)), "there is a factor 2 too much."),
+        (lists(lambda r: _count(r) * r["rank"]), "the rank is in it twice."),
+        (lists(lambda r: _count(r) / r["matrices"] * 2), "you count two matrices in every row."),
+        (lists(lambda r: 2 * r["layers"] * r["d"]), "matrices and rank are missing."),
         ([sorted(r["name"] for r in t if _follows(r)) for t in tables],
          "you list the rows that are right."),
         (lists(lambda r: _count(r) / 2), "the factor 2 is missing: A and B, d * r each."),

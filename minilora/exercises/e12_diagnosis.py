@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.exercises.outcome import Passed, failed, run
+from minilora.exercises.outcome import Passed, either, failed, run
 from minilora.lora.adapter import Adapter, Factors
 
 NUMBER = 12
@@ -43,7 +43,12 @@ def diagnosis(function: Callable[[Adapter], tuple[str, int]]) -> Passed:
 
 def effective_rank(f: Factors, share: float = 0.9) -> int:
     """Return how many singular values of the update hold `share` of its squared norm."""
-    squares = np.linalg.svd(f.delta_weight().astype(np.float64), compute_uv=False) ** 2
+    return _rank_of(f.delta_weight(), share)
+
+
+def _rank_of(matrix: np.ndarray, share: float = 0.9) -> int:
+    """Return how many singular values of a matrix hold `share` of its squared norm."""
+    squares = np.linalg.svd(matrix.astype(np.float64), compute_uv=False) ** 2
     return int(np.searchsorted(np.cumsum(squares), share * squares.sum() * (1 - 1e-9)) + 1)
 
 
@@ -97,6 +102,19 @@ _WRONG_SIZES: list[tuple[Callable[[Factors], Any], str]] = [
      "and the scale is missing."),
     (lambda f: abs(f.scale) * _norm(f.A) * _norm(f.B),
      "the norm of a product is not the product of the norms."),
+    (lambda f: f.scale**2 * _norm(f.A @ f.B), "the scale is in it twice."),
+    (lambda f: _norm(f.A @ f.B) / f.scale, "it is divided by the scale."),
+    (lambda f: _norm(f.delta_weight(), 1), "norm(..., 1) is the largest column sum; the Frobenius "
+     "norm is np.linalg.norm(matrix)."),
+    (lambda f: _norm(f.delta_weight(), np.inf), "norm(..., inf) is the largest row sum; the "
+     "Frobenius norm is np.linalg.norm(matrix)."),
+    (lambda f: f.delta_weight().std(), "a standard deviation divides by the size of the layer."),
+    (lambda f: f.delta_weight().max(), "that is the largest entry; all count."),
+    (lambda f: f.scale * (_norm(f.A) + _norm(f.B)), "you add the norms of A and B; their product "
+     "counts."),
+    (lambda f: f.scale * _norm(f.B), "you look at B and the scale alone."),
+    (lambda f: f.scale * _norm(f.A), "you look at A and the scale alone."),
+    (lambda f: f.A.size + f.B.size, "that is the layer with the most numbers."),
     (lambda f: _norm(f.A), "you look at A alone."),
     (lambda f: _norm(f.B), "you look at B alone."),
     (lambda f: _norm(f.A) + _norm(f.B), "you add the norms of A and B; their product counts."),
@@ -128,9 +146,14 @@ def _check_layer(answers: list[tuple[Adapter, tuple[str, int]]]) -> None:
     got, right = [layer for _, (layer, _) in answers], most(Factors.norm)
     if got == right:
         return
-    for size, text in _WRONG_SIZES:
-        if got == most(size):
-            raise failed(_NAME, f"The layer is wrong: {text}", _READ)
+    causes = [text for size, text in _WRONG_SIZES if got == most(size)]
+    for place, text in ((0, "you always name the first layer."), (-1, "you always name the last "
+                                                                   "layer.")):
+        causes += [text] * (got == [list(a.layers)[place] for a, _ in answers])
+    causes += ["it is the last name in the alphabet, not the layer with the largest norm: "
+               "max(norms, key=norms.get)."] * (got == [max(a.layers) for a, _ in answers])
+    if causes:
+        raise failed(_NAME, f"The layer is wrong: {either(causes)}", _READ)
     first = next(i for i, layer in enumerate(got) if layer != right[i])
     layers = answers[first][0].layers
     norms = ", ".join(f"{p} {f.norm():.2f}" for p, f in layers.items())
@@ -138,6 +161,12 @@ def _check_layer(answers: list[tuple[Adapter, tuple[str, int]]]) -> None:
 
 
 # ---- The effective rank
+
+
+def _entropy_rank(weights: np.ndarray) -> float:
+    """Return the exponential of the entropy of the weights (r,), divided by their sum."""
+    p = weights / weights.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
 
 
 def _reach(s: np.ndarray, power: float, share: float) -> int:
@@ -156,9 +185,46 @@ _WRONG_RANKS: list[tuple[Callable[[np.ndarray], int], str]] = [
     (lambda s: _reach(s, 2, 0.99), "that is for 99%."),
     (lambda s: _reach(s, 2, 0.95), "that is for 95%."),
     (lambda s: _reach(s, 2, 0.5), "that is for 50%."),
+    (lambda s: _reach(s, 2, 0.8), "that is for 80%."),
+    (lambda s: _reach(s, 2, 0.81), "that is for 0.9², 81%; s² is squared already."),
+    (lambda s: (s**2 > 0.1 * s[0] ** 2).sum(), "you count squares above a tenth of the largest."),
+    (lambda s: (s > s.mean()).sum(), "you count values above the mean."),
+    (lambda s: len(s) + 1 - _reach(s, 2, 0.9), "you count the values from the one on that passes "
+     "90%; count up to it."),
+    (lambda s: 13 - _reach(s, 2, 0.9), "you count the values from the one on that passes 90%; "
+     "count up to it."),
+    (lambda s: _reach(s[::-1], 2, 0.9), "you start with the smallest singular values."),
+    (lambda s: 12 - len(s) + _reach(s[::-1], 2, 0.9), "you start with the smallest singular "
+     "values."),
+    (lambda s: round((s**2).sum() ** 2 / (s**4).sum()), "that is the participation ratio, another "
+     "measure."),
+    (lambda s: np.ceil((s**2).sum() ** 2 / (s**4).sum()), "that is the participation ratio, "
+     "another measure."),
+    (lambda s: round(_entropy_rank(s**2)), "that is the exponential of the entropy, another "
+     "measure."),
+    (lambda s: round(_entropy_rank(s)), "that is the exponential of the entropy, another "
+     "measure."),
+    (lambda s: 1 + (np.cumsum(s**2) >= 0.9).argmax(), "the sums are not divided by the sum of "
+     "all."),
+    (lambda s: 1 + (s**2 / (s**2).sum() >= 0.9).argmax(), "the squares are not added up one after "
+     "the other (cumsum)."),
+    (lambda s: 1, "it is always 1."),
     (lambda s: (s > 0.1 * s[0]).sum(), "you count values above a tenth of the largest."),
     (lambda s: _reach(s, 4, 0.9), "you square the singular values twice."),
     (lambda s: 12, "np.linalg.matrix_rank, or the number of all singular values, is not it."),
+]
+
+
+# Other matrices whose effective rank a learner may take.
+_WRONG_UPDATES: list[tuple[str, Callable[[Adapter, str], np.ndarray]]] = [
+    ("that is the effective rank of A alone.",
+     lambda adapter, path: adapter.layers[path].A),
+    ("that is the effective rank of B alone.",
+     lambda adapter, path: adapter.layers[path].B),
+    ("that is the effective rank of the adapter's last layer, not of the one that you name.",
+     lambda adapter, path: list(adapter.layers.values())[-1].delta_weight()),
+    ("that is the effective rank of the adapter's first layer, not of the one that you name.",
+     lambda adapter, path: next(iter(adapter.layers.values())).delta_weight()),
 ]
 
 
@@ -169,9 +235,12 @@ def _check_rank(answers: list[tuple[Adapter, tuple[str, int]]]) -> None:
     if got == right:
         return
     values = [np.linalg.svd(f.delta_weight(), compute_uv=False)[: f.rank] for f in updates]
-    for rule, text in _WRONG_RANKS:
-        if got == [int(rule(s)) for s in values]:
-            raise failed(_NAME, f"The effective rank is wrong: {text}", _READ)
+    causes = [text for rule, text in _WRONG_RANKS if got == [int(rule(s)) for s in values]]
+    for text, wrong in _WRONG_UPDATES:
+        if got == [_rank_of(wrong(adapter, path)) for adapter, (path, _) in answers]:
+            causes.append(text)
+    if causes:
+        raise failed(_NAME, f"The effective rank is wrong: {either(causes)}", _READ)
     first = next(i for i, rank in enumerate(got) if rank != right[i])
     squares = np.linalg.svd(updates[first].delta_weight(), compute_uv=False) ** 2
     shares = np.cumsum(squares / squares.sum())[: updates[first].rank]

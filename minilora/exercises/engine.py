@@ -81,6 +81,8 @@ def _explain(
     for candidates in (_known(task, name), _general(task)):
         if fitting := either(says for says, make in candidates if _matches(make, runs)):
             raise failed(task.name, f"{name} is wrong: {fitting}", read)
+    if words := task.describe([(case, got) for case, got, _ in runs]):
+        raise failed(task.name, f"{name} is wrong: {words}", read)
     case, got, want = next(run for run in runs if not same(run[1], run[2]))
     if all(same(got, want, 1e-4) for _, got, want in runs):
         raise failed(task.name, f"{name} is right to about 4 digits only, as if it were rounded, "

@@ -56,6 +56,9 @@ class Task:
         Whether float32 inputs must give float32 outputs.
     order
         The order in which to examine the outputs, if one depends on another.
+    describe
+        Takes inputs and outputs in which no known mistake was found; says what they have in
+        common, or "".
     more
         A last check, of properties of the function that its outputs do not show.
     """
@@ -70,6 +73,7 @@ class Task:
     forward: Callable[..., Any] | None = None
     float32: bool = True
     order: tuple[str, ...] = ()
+    describe: Callable[[list[tuple[Case, np.ndarray]]], str] = lambda _: ""
     more: Callable[[Callable[..., Any]], None] | None = None
 
 

@@ -1186,6 +1186,24 @@ def f(shapes, r): return sum(n + m for n, m in shapes)
 biases are counted
 def f(shapes, r): return sum(r * (n + m) + m for n, m in shapes)
 ---
+brackets are missing
+def f(shapes, r): return sum(n + m * r for n, m in shapes)
+---
+biases are counted, and twice
+def f(shapes, r): return sum(r * (n + m) + 2 * m for n, m in shapes)
+---
+counted once only
+def f(shapes, r): return sum(r * (n + m) for n, m in set(shapes))
+---
+frozen matrix is counted
+def f(shapes, r): return sum(r * (n + m) + n * m for n, m in shapes)
+---
+smaller of n and m
+def f(shapes, r): return sum(2 * r * min(n, m) for n, m in shapes)
+---
+number of matrices
+def f(shapes, r): return len(shapes) * sum(r * (n + m) for n, m in shapes)
+---
 changes its input shapes
 def f(shapes, r):
     c = 0
@@ -1242,7 +1260,15 @@ WRONG["gpt_parameters"] = changed(
     ("biases of the MLP", "d * 4 * d + 4 * d + 4 * d * d + d", "8 * d * d"),
     ("four times as wide", "d * 4 * d + 4 * d + 4 * d * d + d", "d * 4 * d + 4 * d + d"),
     ("output projection", "4 * (d * d + d)", "3 * (d * d + d)"),
-    ("?", "L * (att", "(L + 1) * (att"),
+    ("too many", "L * (att", "(L + 1) * (att"), ("too few", "L * (att", "(L - 1) * (att"),
+    ("only one block", "L * (att", "(att"), ("for every block", "+ ln) + 2 * d", "+ ln + 2 * d)"),
+    ("the mask is counted", "emb = ", "emb = T * T + "),
+    ("V d + T d + 2 d + 12 L d² + 17 L d; they", "4 * (d * d + d)", "4 * (d * d + 2 * d)"),
+    ("12 L d² + 16 L d; they should be V d + T d + 2 d + 12 L d² + 13 L d", "4 * d * d + d\n",
+     "4 * d * d + 4 * d\n"),
+    ("8 L d² + 12 L d", "d * 4 * d + 4 * d + 4 * d * d + d", "4 * d * d + 4 * d"),
+    ("13 L d + V;", "+ 2 * d\n", "+ 2 * d + V\n"),
+    ("?", "V * d + T * d", "V * d + T * d + T"),
 )
 RIGHT["gpt_parameters"] = answers("""
 closed form
@@ -1271,11 +1297,26 @@ WRONG["find_errors"] = changed(
     ("matrices are not counted", '* row["matrices"] ', ""),
     ("you round to two digits", ":.{k}f", ":.2f"),
     ("2**20", "n / 1e6", "n / 2**20"),
+    ("you do not round", "f\"{n / 1e6:.{k}f}M\" != row[\"printed\"]",
+     "n / 1e6 != float(row['printed'][:-1])"),
+    ("you do not round", "f\"{n / 1e6:.{k}f}M\" != row[\"printed\"]",
+     "n != round(float(row['printed'][:-1]) * 1e6)"),
+    ("you cut the digits off", "f\"{n / 1e6:.{k}f}M\" != row[\"printed\"]",
+     "n * 10**k // 10**6 != round(float(row['printed'][:-1]) * 10**k)"),
+    ("you round up", "f\"{n / 1e6:.{k}f}M\" != row[\"printed\"]",
+     "math.ceil(n * 10**k / 10**6) != round(float(row['printed'][:-1]) * 10**k)"),
+    ("a difference of 5%", "f\"{n / 1e6:.{k}f}M\" != row[\"printed\"]",
+     "abs(n / 1e6 / float(row['printed'][:-1]) - 1) > 0.05"),
+    ("a difference of 0.05M", "f\"{n / 1e6:.{k}f}M\" != row[\"printed\"]",
+     "abs(n / 1e6 - float(row['printed'][:-1])) > 0.05"),
+    ("Every row is listed", "}M\" !=", "}\" !="), ("Every row is listed", '* row["layers"] ', ""),
+    ("factor 2 too much", "2 * row", "4 * row"), ("rank is in it twice", '["rank"]', '["rank"]**2'),
+    ("as many digits as are printed", ":.{k}f", ":.0f"),
     ("yet you do not list it", ":.{k}f}M\" != row[\"printed\"]",
      ":.0f}\" != f'{float(row[\"printed\"][:-1]):.0f}'"),
     ("rows that are right", "!=", "=="),
     ("returns nothing", "    return out\n", ""),
-    ("yet you do not list it", 'out.append(row["name"])', "pass"),
+    ("no row is listed", 'out.append(row["name"])', "pass"),
     ("changes the table", "        n = 2", "        row['seen'] = 1\n        n = 2"),
     ("yours are", 'out.append(row["name"])', 'out.append(row["name"]); out.append("x")'),
 )
@@ -1335,6 +1376,20 @@ WRONG["diagnosis"] = tells(
     ("99%", {"rank": "int((np.cumsum(s**2) >= 0.99 * (s**2).sum()).argmax()) + 1"}),
     ("whole number", {"rank": "(s**2).sum() / s[0]**2"}),
     ("?", {"rank": "int(round((s**2).sum() / s[0]**2))"}),
+    ("scale is in it twice", {"update": "f.scale**2 * f.A @ f.B"}),
+    ("largest column sum", {"size": "np.linalg.norm(up[n], 1)"}),
+    ("largest row sum", {"size": "np.linalg.norm(up[n], np.inf)"}),
+    ("always name the first", {"size": "0"}), ("last name in the alphabet", {"size": "n"}),
+    ("standard deviation", {"size": "up[n].std()"}),
+    ("for 80%", {"rank": "int((np.cumsum(s**2) >= 0.8 * (s**2).sum()).argmax()) + 1"}),
+    ("up to it", {"rank": "int((np.cumsum(s**2) >= 0.9 * (s**2).sum()).sum())"}),
+    ("not divided by the sum", {"rank": "int((np.cumsum(s**2) >= 0.9).argmax()) + 1"}),
+    ("(cumsum)", {"rank": "int((s**2 >= 0.9 * (s**2).sum()).argmax()) + 1"}),
+    ("smallest singular values",
+     {"rank": "int((np.cumsum(s[::-1]**2) >= 0.9 * (s**2).sum()).argmax()) + 1"}),
+    ("of B alone", {"rank": "int((np.cumsum((q := np.linalg.svd(adapter.layers[most].B, compute_uv="
+                    "False)**2)) >= 0.9 * q.sum()).argmax()) + 1"}),
+    ("participation ratio", {"rank": "int(np.ceil((s**2).sum()**2 / (s**4).sum()))"}),
 )
 RIGHT["diagnosis"] = tells(
     ("eigenvalues", {"rank": "1 + int(np.searchsorted(np.cumsum(np.sort(np.linalg.eigvalsh("
