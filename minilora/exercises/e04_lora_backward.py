@@ -102,9 +102,9 @@ LORA_BACKWARD = Task(
                     lambda dout, x, A, B, scale: scale * (x @ B).T @ dout),
         ],
     },
-    read={"dx": "x goes through A, then B, then the scale; back: scale, then Bᵀ, then Aᵀ.",
-          "dA": "dA = scale * xᵀ (dout Bᵀ): from dW = xᵀ dout by the chain rule, scale * dW Bᵀ.",
-          "dB": "dB = scale * (x A)ᵀ dout: from dW by the chain rule, dB = scale * Aᵀ dW."},
+    read={"dx": "x goes through A, then B, then the scale; the way back is the reverse.",
+          "dA": "start from dW of exercise 1; A is one factor of the product A B.",
+          "dB": "start from dW of exercise 1; B is one factor of the product A B."},
     factors=lambda dout, x, A, B, scale: {
         "scale = alpha / r": scale, "N": len(x), "r": A.shape[1], "n": len(A), "m": B.shape[1]},
     forward=lambda x, A, B, scale: scale * x @ A @ B,

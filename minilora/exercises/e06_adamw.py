@@ -292,8 +292,9 @@ ADAMW = Task(
                     beta2 * v + (1 - beta2) * (g + weight_decay * p) ** 2),
         ],
     },
-    read={"p": "p - lr * (m_hat / (sqrt(v_hat) + eps) + decay * p), m_hat = m / (1 - beta1^t).",
-          "m": "m = beta1 m + (1 - beta1) g.", "v": "v = beta2 v + (1 - beta2) g²."},
+    read={"p": "what is corrected, where epsilon and the decay stand, and what lr multiplies.",
+          "m": "m is a mean of the old m and of g, whose weights add up to 1.",
+          "v": "v is a mean like m, but of the squares of g."},
 )
 
 

@@ -264,10 +264,9 @@ LAYER_NORM_BACKWARD = Task(
                     lambda dout, weight, **_: (dout * weight).sum(axis=0)),
         ],
     },
-    read={"dx": "dx = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(var + eps), g = dout * weight, "
-                "means over each row.",
-          "dweight": "dweight = sum over rows of dout * xhat.",
-          "dbias": "dbias = sum over rows of dout."},
+    read={"dx": "x reaches the loss in three ways: directly, and by its row's mean and variance.",
+          "dweight": "the weight multiplies xhat in every row.",
+          "dbias": "the bias is added in every row."},
     factors=lambda dout, **_: {"N (the number of rows)": len(dout),
                                "C (the width)": dout.shape[1]},
     forward=_forward,

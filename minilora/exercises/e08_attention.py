@@ -204,9 +204,9 @@ ATTENTION_BACKWARD = Task(
         ]
         for i, name in enumerate(("dq", "dk", "dv"))
     },
-    read={"dq": "dS = P * (dP - sum(dP * P)), dP = dout vᵀ; dq = dS k / sqrt(D).",
-          "dk": "dk = dSᵀ q / sqrt(D), with dS = P * (dP - sum(dP * P)).",
-          "dv": "out = P v, so dv = Pᵀ dout, with P = softmax(q kᵀ / sqrt(D) + mask)."},
+    read={"dq": "go back step by step: from out = P v to P, from P to S, from S to q.",
+          "dk": "go back step by step: from out = P v to P, from P to S, from S to k.",
+          "dv": "out = P v is a product of matrices, as in exercise 1."},
     factors=lambda dout, **_: {"sqrt(D)": dout.shape[1] ** 0.5, "T": len(dout)},
     forward=lambda q, k, v: _probabilities(q, k) @ v,
 )

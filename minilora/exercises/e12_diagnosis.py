@@ -177,7 +177,7 @@ def _reach(s: np.ndarray, power: float, share: float) -> int:
 
 # What a learner may take for the effective rank, given the singular values (r,), and what is
 # wrong with it.
-_WRONG_RANKS: list[tuple[Callable[[np.ndarray], int], str]] = [
+_WRONG_RANKS: list[tuple[Callable[[np.ndarray], Any], str]] = [
     (lambda s: _reach(s, 1, 0.9), "you add the singular values; add their squares."),
     (lambda s: _reach(s, 2, 0.9) - 1, "it is off by one: the value that passes 90% counts."),
     (lambda s: _reach(s, 2, 0.9) + 1, "it is off by one: what passes 90% is the last."),

@@ -143,10 +143,8 @@ def _general(task: Task) -> list[Candidate]:
     found: list[Candidate] = []
     for w in task.factors(**task.cases[0]):
         found += [
-            (f"it is the right one divided by {w}: it lacks the factor {w}, or is divided by it "
-             "once too often.", factor(w, -1)),
-            (f"it is the right one times {w}: it has the factor {w} once too often, or is not "
-             "divided by it.", factor(w, 1)),
+            (f"it lacks the factor {w}, or is divided by it once too often.", factor(w, -1)),
+            (f"it has the factor {w} once too often, or is not divided by it.", factor(w, 1)),
             (f"it is the right one divided by {w} twice.", factor(w, -2)),
             (f"it is the right one times {w} twice.", factor(w, 2)),
         ]

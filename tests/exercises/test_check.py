@@ -1,6 +1,7 @@
 """Every wrong answer fails, most with a diagnosis; every right one passes."""
 
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from minilora import check
 from minilora.exercises import engine
 from minilora.exercises.grade import MODULES
 from minilora.exercises.outcome import CheckFailed, run
+from minilora.exercises.task import Mistake
 
 WRONG_ONES = [(name, *pair) for name, pairs in WRONG.items() for pair in pairs]
 RIGHT_ONES = [(name, *pair) for name, pairs in RIGHT.items() for pair in pairs]
@@ -123,6 +125,47 @@ def test_an_unknown_mistake_is_shown_on_the_smallest_shape():
     text = str(failure.value)
     assert "For dout (2, 2), x (2, 3), W (3, 2):" in text
     assert "expected db" in text and "1 of 2 entries differ: (0,)." in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "notebooks/README.md"])
+def test_the_message_that_the_pages_quote(page):
+    with pytest.raises(CheckFailed) as failure:
+        check.lora_backward(lambda dout, x, A, B, scale: (
+            scale * dout @ B.T @ A.T, x.T @ (dout @ B.T), scale * (x @ A).T @ dout))
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    assert f"```\n{failure.value}\n```" in text
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_shape_mistake_says_its_cause_first(task):
+    def answer(*args):
+        right = task.reference(*args)
+        first, *rest = right if isinstance(right, tuple) else (right,)
+        first = np.expand_dims(first, 0).repeat(2, axis=0)
+        return (first, *rest) if rest else first
+
+    with pytest.raises(CheckFailed) as failure:
+        engine.check(task, answer)
+    assert "its shape is (2, " in str(failure.value).split("\n")[1].replace("(2,)", "(2, )")
+
+
+def test_an_error_on_other_shapes_is_said_before_numbers():
+    with pytest.raises(CheckFailed) as failure:
+        check.linear_forward(lambda x, W, b: x @ W + x.mean(axis=-1) + b)
+    lines = str(failure.value).split("\n")
+    assert "on other shapes your code fails" in lines[1] and "could not be broadcast" in lines[2]
+    assert "keepdims=True" in lines[3] and len(lines) <= 9
+
+
+def test_causes_that_the_outputs_do_not_tell_apart_are_all_said():
+    task = TASKS["gpt_parameters"]
+    two = {"count": [engine_mistake("it is one.", 1), engine_mistake("it is two.", 1)]}
+    with pytest.raises(CheckFailed, match="it is one. Or: it is two."):
+        engine.check(replace(task, mistakes=two), lambda *sizes: task.reference(*sizes) + 1)
+
+
+def engine_mistake(says, more):
+    return Mistake(says, lambda **case: TASKS["gpt_parameters"].reference(**case) + more)
 
 
 def test_a_failure_is_shown_without_a_stack_trace_in_a_notebook():

@@ -528,7 +528,7 @@ def f(dout, x, A, B, s):
     dA = (s * x.T @ (dout @ B.T)).astype(np.float32)
     return s * dout @ B.T @ A.T, dA, s * (x @ A).T @ dout
 ---
-divided by r
+lacks the factor r,
 def f(dout, x, A, B, s):
     r = A.shape[1]
     return s * dout @ B.T @ A.T, s * x.T @ (dout @ B.T) / r, s * (x @ A).T @ dout
@@ -1395,4 +1395,268 @@ RIGHT["diagnosis"] = tells(
     ("eigenvalues", {"rank": "1 + int(np.searchsorted(np.cumsum(np.sort(np.linalg.eigvalsh("
                      "up[most] @ up[most].T))[::-1]), 0.9 * np.linalg.norm(up[most])**2))"}),
     ("norm by trace", {"size": "np.trace(up[n] @ up[n].T)"}),
+)
+
+
+# ---- More right ones, in other styles; several keep things that may be kept
+
+
+RIGHT["linear_forward"] += answers("""
+matrix and vector, a list of rows
+def f(x, W, b): return np.array([row @ W + b for row in x])
+---
+bias as a row of ones
+def f(x, W, b):
+    ones = np.ones((len(x), 1), x.dtype)
+    return np.hstack([x, ones]) @ np.vstack([W, b])
+---
+counts its calls
+calls = []
+def f(x, W, b):
+    calls.append(x.shape)
+    return np.matmul(x, W) + b[None, :]
+""")
+RIGHT["linear_backward"] += answers("""
+tensordot
+def f(dout, x, W):
+    return (np.tensordot(dout, W, axes=(1, 1)), np.tensordot(x, dout, axes=(0, 0)),
+            np.add.reduce(dout, axis=0))
+---
+a sum of outer products
+def f(dout, x, W):
+    return dout.dot(W.T), sum(np.outer(a, d) for a, d in zip(x, dout)), sum(dout)
+""")
+RIGHT["cross_entropy"] += answers("""
+logaddexp
+def f(z, t):
+    n = len(t)
+    logp = z - np.logaddexp.reduce(z, axis=1)[:, None]
+    g = np.exp(logp)
+    g[range(n), t] -= 1
+    return -np.mean(logp[range(n), t]), g / n
+---
+take_along_axis
+def f(z, t):
+    s = z - z.max(axis=1)[:, None]
+    logp = s - np.log(np.sum(np.exp(s), axis=1))[:, None]
+    loss = -np.take_along_axis(logp, t[:, None], axis=1).mean()
+    return loss, (np.exp(logp) - (np.arange(z.shape[1]) == t[:, None])) / z.dtype.type(len(t))
+---
+where instead of a product
+def f(z, t):
+    s = z - np.max(z, -1, keepdims=True)
+    logp = s - np.log(np.exp(s).sum(-1, keepdims=True))
+    hot = np.eye(z.shape[1], dtype=bool)[t]
+    return -logp[hot].sum() / len(t), np.where(hot, np.exp(logp) - 1, np.exp(logp)) / len(t)
+""")
+RIGHT["lora_forward"] += layers(
+    ("two steps", None, "h = x @ self.A; h = h * self.scale; return h @ self.B"),
+    ("keeps x for the way back", GOOD + "; self.x = None",
+     "self.x = x; self.h = x @ self.A; return self.scale * self.h @ self.B"),
+    ("float32", "self.A = rng.uniform(-n**-.5, n**-.5, (n, r)).astype('f4'); "
+     "self.B = np.zeros((r, m), 'f4'); self.scale = np.float64(alpha / r)", None),
+    ("a list of layers in the class", GOOD + "; STORE.setdefault('all', []).append(self)", None),
+    ("parameters, drawn twice as wide", "self.A = Parameter(2 * rng.uniform(-.5, .5, (n, r)) / "
+     "math.sqrt(n)); self.B = Parameter(np.zeros_like(self.A.data, shape=(r, m))); "
+     "self.scale = alpha * r**-1", "return np.dot(x, self.A.data).dot(self.B.data) * self.scale"),
+)
+RIGHT["lora_backward"] += answers("""
+scaled first
+def f(dout, x, A, B, s):
+    d = s * dout
+    back = d @ B.T
+    return back @ A.T, x.T @ back, (x @ A).T @ d
+---
+row by row
+def f(dout, x, A, B, s):
+    dx, dA, dB = np.zeros_like(x), np.zeros_like(A), np.zeros_like(B)
+    for k in range(len(x)):
+        back = s * (B @ dout[k])
+        dx[k] = A @ back
+        dA += np.outer(x[k], back)
+        dB += np.outer(s * (x[k] @ A), dout[k])
+    return dx, dA, dB
+""")
+RIGHT["replace_linear"] += answers("""
+a stack instead of recursion
+def f(model, rank, alpha):
+    for name, p in model.named_parameters():
+        if ".lora." not in name: p.requires_grad = False
+    todo = [model]
+    while todo:
+        parent = todo.pop()
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LinearWithLoRA): continue
+            if isinstance(child, Linear): setattr(parent, name, LinearWithLoRA(child, rank, alpha))
+            else: todo.append(child)
+    return model
+---
+freezes, and trains A and B again
+def g(model, rank, alpha):
+    for name, child in list(model.named_children()):
+        if type(child) is Linear: setattr(model, name, LinearWithLoRA(child, rank, alpha, rng=3))
+        elif not isinstance(child, LinearWithLoRA): g(child, rank, alpha)
+def f(model, rank, alpha):
+    g(model, rank, alpha)
+    for name, p in model.named_parameters(): p.requires_grad = ".lora." in name
+    return model
+""")
+RIGHT["adamw"] += answers("""
+corrections in the learning rate
+def f(p, g, m, v, t, lr, b1, b2, eps, wd):
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * np.square(g)
+    c = math.sqrt(1 - b2**t)
+    return p * (1 - lr * wd) - lr * c / (1 - b1**t) * m / (np.sqrt(v) + eps * c), m, v
+---
+number by number
+def f(p, g, m, v, t, lr, b1, b2, eps, wd):
+    new = [np.empty_like(p) for _ in range(3)]
+    for i in np.ndindex(p.shape):
+        mi, vi = b1 * m[i] + (1 - b1) * g[i], b2 * v[i] + (1 - b2) * g[i] ** 2
+        step = mi / (1 - b1**t) / ((vi / (1 - b2**t)) ** 0.5 + eps)
+        new[0][i], new[1][i], new[2][i] = p[i] - lr * step - lr * wd * p[i], mi, vi
+    return new
+""")
+RIGHT["layer_norm_backward"] += answers("""
+from the output's side
+def f(dout, x, w, b, eps):
+    mu = np.mean(x, axis=1, keepdims=True)
+    std = np.sqrt(np.mean((x - mu) ** 2, axis=1, keepdims=True) + eps)
+    h = (x - mu) / std
+    c = x.shape[1]
+    g = dout * w
+    dx = (c * g - g.sum(1, keepdims=True) - h * (g * h).sum(1, keepdims=True)) / (c * std)
+    return dx, np.einsum("nc,nc->c", dout, h), np.sum(dout, axis=0)
+---
+projections
+def f(dout, x, w, b, eps):
+    out = []
+    for d, row in zip(dout, x):
+        s = (row.var() + eps) ** 0.5
+        h = (row - row.mean()) / s
+        g = d * w
+        out.append(((g - g.mean() - h * (g @ h) / len(h)) / s, d * h))
+    return np.array([a for a, _ in out]), sum(b for _, b in out), dout.sum(axis=0)
+""")
+RIGHT["attention_backward"] += answers("""
+a mask that is kept
+masks = {}
+def f(dout, q, k, v):
+    t, d = q.shape
+    mask = masks.setdefault(t, np.triu(np.ones((t, t), bool), k=1))
+    s = (q @ k.T) * d**-0.5
+    s[mask] = -np.inf
+    p = np.exp(s - s.max(axis=1, keepdims=True))
+    p = p / p.sum(axis=1, keepdims=True)
+    dp = dout @ v.T
+    ds = p * dp
+    ds = (ds - p * ds.sum(axis=1, keepdims=True)) * d**-0.5
+    return ds @ k, ds.T @ q, p.T @ dout
+---
+a large finite number
+def f(dout, q, k, v):
+    t, d = q.shape
+    s = np.where(np.arange(t)[:, None] >= np.arange(t), q @ k.T / d**0.5, -1e9).astype(q.dtype)
+    e = np.exp(s - s.max(-1)[:, None])
+    p = e / e.sum(-1)[:, None]
+    dp = dout @ v.T
+    ds = p * (dp - np.einsum("ij,ij->i", p, dp)[:, None])
+    return (ds @ k) / d**0.5, (ds.T @ q) / d**0.5, p.T @ dout
+---
+the whole matrix of the soft-max
+def f(dout, q, k, v):
+    c = q.shape[1] ** -0.5
+    s = q @ k.T * c
+    s = s + np.triu(np.full(s.shape, -np.inf, q.dtype), 1)
+    p = np.exp(s - s.max(-1, keepdims=True)); p /= p.sum(-1, keepdims=True)
+    dp = dout @ v.T
+    ds = np.stack([(np.diag(a) - np.outer(a, a)) @ b for a, b in zip(p, dp)]) * c
+    return ds @ k, ds.T @ q, p.T @ dout
+""")
+RIGHT["merge"] += answers("""
+copies of everything
+class M:
+    def __init__(self, W, A, B, s):
+        self.base, self.A, self.B, self.s, self.merged = W.copy(), A.copy(), B.copy(), s, False
+        self.W = self.base
+    def forward(self, x):
+        return x @ self.W if self.merged else x @ self.W + x @ self.A @ self.B * self.s
+    def merge(self):
+        if self.merged: raise RuntimeError("merged already")
+        self.W, self.merged = self.base + self.s * self.A @ self.B, True
+    def unmerge(self):
+        if not self.merged: raise RuntimeError("not merged")
+        self.W, self.merged = self.base, False
+---
+slots, one product, and counts its layers in the class
+class M:
+    __slots__ = ("W", "A", "B", "s", "old")
+    made = 0
+    def __init__(self, W, A, B, s):
+        self.W, self.A, self.B, self.s, self.old = W, A, B, s, []
+        type(self).made += 1
+    merged = property(lambda self: bool(self.old))
+    def weight(self): return self.W + self.s * self.A @ self.B
+    def forward(self, x): return x @ (self.W if self.merged else self.weight())
+    def merge(self):
+        if self.merged: raise RuntimeError
+        self.old.append(self.W)
+        self.W = self.weight()
+    def unmerge(self):
+        if not self.merged: raise RuntimeError
+        self.W = self.old.pop()
+---
+forward is exchanged
+class M:
+    def __init__(self, W, A, B, s):
+        self.arrays, self.s, self.merged = (W, A, B), s, False
+        self.forward = self.apart
+    def apart(self, x):
+        W, A, B = self.arrays
+        return x @ W + self.s * ((x @ A) @ B)
+    def merge(self):
+        if self.merged: raise RuntimeError("merged")
+        W, A, B = self.arrays
+        sum = W + (self.s * A) @ B
+        self.forward, self.merged = (lambda x: x @ sum), True
+    def unmerge(self):
+        if not self.merged: raise RuntimeError("not merged")
+        self.forward, self.merged = self.apart, False
+""")
+RIGHT["lora_parameters"] += answers("""
+a sum of arrays
+def f(shapes, r): return sum(np.zeros((n, r)).size + np.zeros((r, m)).size for n, m in shapes)
+---
+a float that is whole
+def f(shapes, r): return float(r * sum(map(sum, shapes)))
+""")
+RIGHT["gpt_parameters"] += answers("""
+a list of shapes
+def f(V, T, d, L):
+    block = [(d, 3 * d), (3 * d,), (d, d), (d,), (d, 4 * d), (4 * d,), (4 * d, d), *[(d,)] * 5]
+    return sum(math.prod(s) for s in [(V, d), (T, d), *block * L, (d,), (d,)])
+""")
+RIGHT["find_errors"] += answers("""
+an interval, as a set
+def f(table):
+    wrong = set()
+    for row in table:
+        n = 2 * row["d"] * row["rank"] * row["matrices"] * row["layers"]
+        value, digits = float(row["printed"][:-1]), len(row["printed"].split(".")[1]) - 1
+        if abs(n / 1e6 - value) > 0.5 * 10**-digits + 1e-12: wrong.add(row["name"])
+    return wrong
+---
+f with a width
+def f(table):
+    def text(row):
+        n = sum(2 * row["d"] * row["rank"] for _ in range(row["layers"] * row["matrices"])) / 1e6
+        return "%.*fM" % (len(row["printed"]) - row["printed"].index(".") - 2, n)
+    return tuple(row["name"] for row in table if text(row) != row["printed"])
+""")
+RIGHT["diagnosis"] += tells(
+    ("sorted by squared entries", {"size": "(up[n]**2).sum()"}),
+    ("a loop", {"rank": "next(k for k in range(1, len(s) + 1) if (s[:k]**2).sum() >= "
+                "0.9 * (up[most]**2).sum())"}),
+    ("what is left", {"rank": "int(((s**2).sum() - np.cumsum(s**2) > 0.1 * (s**2).sum()).sum() + 1)"
+                      }),
 )
