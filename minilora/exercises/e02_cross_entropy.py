@@ -144,6 +144,9 @@ CROSS_ENTROPY = Task(
             Mistake("the mean was subtracted; it is the maximum that keeps exp from overflowing.",
                     lambda logits, targets: _shifted(
                         logits, targets, logits.mean(axis=-1, keepdims=True))[0]),
+            Mistake("the minimum was subtracted; it is the maximum that keeps exp from "
+                    "overflowing.", lambda logits, targets: _shifted(
+                        logits, targets, logits.min(axis=-1, keepdims=True))[0]),
             Mistake("the maximum was taken over the wrong axis: max(axis=-1, keepdims=True).",
                     lambda logits, targets: _shifted(logits, targets, logits.max(axis=0))[0]),
             Mistake("the maximum is missing, and exp of very small logits underflows to 0 (or "

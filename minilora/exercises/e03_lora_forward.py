@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from minilora.exercises.comparison import same
-from minilora.exercises.outcome import CheckFailed, Passed, either, failed, run
+from minilora.exercises.comparison import same, show_difference
+from minilora.exercises.outcome import CheckFailed, Passed, array_of, either, failed, run
 from minilora.nn.module import Parameter
 
 NUMBER = 3
@@ -41,6 +41,10 @@ def lora_forward(cls: type) -> Passed:
         for attribute in ("A", "B", "scale"):
             if not hasattr(layer, attribute):
                 raise failed(_NAME, f"It has no attribute {attribute}: set self.{attribute}.")
+            value = getattr(layer, attribute)
+            if attribute != "scale" and not isinstance(value, (np.ndarray, Parameter)):
+                raise failed(_NAME, f"{attribute} should be an array, yours is a "
+                             f"{type(value).__name__}.")
         return layer
 
     for n, m, r, alpha in ((6, 4, 2, 8), (3, 5, 3, 1.5), (4, 4, 1, 2), (2, 7, 2, 9)):
@@ -49,9 +53,9 @@ def lora_forward(cls: type) -> Passed:
         _check_scale(layer.scale, alpha, n, m, r)
     _check_init(make)
     _check_apart(make)
-    for n, m, r, alpha in ((6, 4, 2, 8), (3, 5, 3, 1.5), (4, 4, 1, 2)):
-        for shape in ((5, n), (2, 3, n), (n,)):
-            _check_forward(make(n, m, r, alpha), np.random.default_rng(1), shape, m)
+    _check_forward((make(n, m, r, alpha), shape)  # one after the other
+                   for n, m, r, alpha in ((6, 4, 2, 8), (3, 5, 3, 1.5), (4, 4, 1, 2))
+                   for shape in ((5, n), (2, 3, n), (n,)))
     _check_in_turn(make)
     return Passed(_NAME, "Checked shapes, start, scale, forward, and two layers in turn.")
 
@@ -99,7 +103,7 @@ def _check_scale(scale: Any, alpha: float, n: int, m: int, r: int) -> None:
         (r / alpha, "scale is r / alpha: it is the other way round."),
         (alpha / r**0.5, "scale is alpha / sqrt(r), that of rsLoRA; here it is alpha / r."),
         (alpha * r, "scale is alpha * r: divide."),
-        (alpha // r, "scale is rounded down: use / and not //."),
+        (alpha // r, "scale is rounded down: use / and not //, int or round."),
         (1 / r, "scale is 1 / r: alpha is missing."),
         (alpha / r**2, "scale is alpha / r², divided by the rank twice."),
         (alpha**2 / r, "scale is alpha² / r: alpha is in it twice."),
@@ -246,8 +250,7 @@ def _check_in_turn(make: Callable[..., Any]) -> None:
                 array *= 0.5
         for layer, (a, b) in zip(layers, factors, strict=True):
             x = rng.standard_normal((5, 6))
-            got = run(_NAME, lambda layer=layer, x=x: layer.forward(x.copy()))
-            if same(got, float(layer.scale) * (x @ a @ b)):
+            if same(_forward(layer, x), float(layer.scale) * (x @ a @ b)):
                 continue
             if step == 0:
                 raise failed(_NAME, "With two layers, forward of one is wrong: it uses what "
@@ -257,28 +260,55 @@ def _check_in_turn(make: Callable[..., Any]) -> None:
                          "they are now.")
 
 
-def _check_forward(layer: Any, rng: np.random.Generator, shape: tuple[int, ...], m: int) -> None:
-    """Check forward for one shape of x, with new numbers in A and B."""
-    first_a = _array(layer.A).copy()
-    a, b = _fill(layer, rng)
-    x = rng.standard_normal(shape)
-    given, s = x.copy(), float(layer.scale)
+def _check_forward(trials: Iterable[tuple[Any, tuple[int, ...]]]) -> None:
+    """Check forward of each layer for a shape of x, with new numbers in A and B."""
+    wrong, texts = [], []
+    for layer, shape in trials:
+        first_a = _array(layer.A).copy()
+        a, b = _fill(layer, np.random.default_rng(1))
+        x = np.random.default_rng(2).standard_normal(shape)
+        got, want = _forward(layer, x), float(layer.scale) * (x @ a @ b)
+        if same(got, want):
+            again = _forward(layer, x)
+            if not same(again, got) or not (same(_array(layer.A), a) and same(_array(layer.B), b)):
+                raise failed(_NAME, "forward changes A or B: a second call gives something else.")
+            continue
+        wrong.append((shape, got, want))
+        texts.append([text for value, text in _wrong_outputs(
+            float(layer.scale), x, a, b, first_a) if same(got, value)])
+    if not wrong:
+        return
+    read, (shape, got, want) = "y = scale * x A B.", wrong[0]
+    if causes := either(text for text in texts[0] if all(text in others for others in texts)):
+        raise failed(_NAME, f"forward: {causes}", read)
+    if got.shape != want.shape:
+        raise failed(_NAME, f"forward of x {shape} should have shape {want.shape}, yours has "
+                     f"{got.shape}.", read)
+    raise failed(_NAME, f"forward of x {shape} is wrong.\n"
+                 + show_difference("scale * x A B", got, want), read)
+
+
+def _forward(layer: Any, x: np.ndarray) -> np.ndarray:
+    """Return the output of a layer as an array, after checking that x has not been changed."""
+    given = x.copy()
     got = run(_NAME, lambda: layer.forward(given))
     if got is None:
         raise failed(_NAME, "forward returns nothing.")
-    got, read = np.asarray(got), "y = scale * x A B."
     if not np.array_equal(given, x):
         raise failed(_NAME, "forward changes its input x in place.")
-    if same(got, s * (x @ a @ b)):
-        again = np.asarray(run(_NAME, lambda: layer.forward(x.copy())))
-        if not same(again, got) or not (same(_array(layer.A), a) and same(_array(layer.B), b)):
-            raise failed(_NAME, "forward changes A or B: a second call gives something else.")
-        return
-    causes = either(text for value, text in (
+    return array_of(_NAME, "forward", got)
+
+
+def _wrong_outputs(
+    s: float, x: np.ndarray, a: np.ndarray, b: np.ndarray, first_a: np.ndarray
+) -> list[tuple[np.ndarray, str]]:
+    """Return what known mistakes make of the scale, x, A, B, and A as it was at first."""
+    m = b.shape[1]
+    return [
         (x @ a @ b, "the scale is missing."), (s * s * (x @ a @ b), "the scale is in it twice."),
-        (s * (x @ a), "B is missing."), (s * (x @ a @ b) + (x if shape[-1] == m else 0),
+        (s * (x @ a), "B is missing."), (s * (x @ a @ b) + (x if x.shape[-1] == m else 0),
          "x is added; the sum with x W is for the layer around this one."),
-        (np.zeros((*shape[:-1], m)), "it is zero: forward uses a product that was made in the "
+        (np.zeros((*x.shape[:-1], m)), "it is zero: forward uses a product that was made in the "
          "constructor, or a copy of B, or a global; it has to use self.A and self.B as they are "
          "now."),
         (s * (x @ first_a @ b), "it uses a copy of A from the constructor, or a global; it has to "
@@ -294,11 +324,4 @@ def _check_forward(layer: Any, rng: np.random.Generator, shape: tuple[int, ...],
         (s * (x @ a @ b) / a.shape[1], "it is divided by the rank once more; the scale is "
          "divided by it already."),
         (-s * (x @ a @ b), "it has the wrong sign."),
-    ) if same(got, value))
-    if causes:
-        raise failed(_NAME, f"forward: {causes}", read)
-    if got.shape != (*shape[:-1], m):
-        raise failed(_NAME, f"forward of x {shape} should have shape {(*shape[:-1], m)}, yours has "
-                     f"{got.shape}.", read)
-    raise failed(_NAME, f"forward of x {shape} is wrong: expected\n{(s * (x @ a @ b)).round(4)}\n"
-                 f"yours =\n{got.round(4)}", read)
+    ]

@@ -221,7 +221,7 @@ LAYER_NORM_BACKWARD = Task(
                     _dx("weight late")),
             Mistake("the variance divides by C - 1; LayerNorm's divides by C.", _dx("ddof")),
             Mistake("eps is added outside the root: it is sqrt(var + eps).", _dx("eps outside")),
-            Mistake("eps is missing.", _dx("no eps")),
+            Mistake("eps is missing, or not added.", _dx("no eps")),
             Mistake("eps is 1e-5 whatever is given.", _dx("hard eps")),
             Mistake("the root is missing: it is 1 / sqrt(var + eps).", _dx("no root")),
             Mistake("mean and variance are of all numbers; every row has its own (axis=-1).",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from minilora.exercises.comparison import same, show_difference
-from minilora.exercises.outcome import Passed, either, failed, run
+from minilora.exercises.outcome import Passed, array_of, either, failed, run
 
 NUMBER = 9
 # Name of the check: the name that a submission must define.
@@ -105,7 +105,7 @@ class _Trial:
             raise failed(_NAME, "forward returns nothing.")
         if not np.array_equal(inputs, self.x):
             raise failed(_NAME, "forward changes its input x in place.")
-        y = np.array(y)
+        y = np.array(array_of(_NAME, "forward", y))
         if y.shape != self.full.shape:
             raise failed(_NAME, f"forward of x {self.x.shape} should have shape {self.full.shape}, "
                          f"yours has {y.shape}.", _READ)

@@ -83,6 +83,32 @@ def either(causes: Iterable[str]) -> str:
     return " Or: ".join(dict.fromkeys(causes))
 
 
+def array_of(name: str, what: str, value: Any) -> np.ndarray:
+    """Return what the learner's code returned as an array of numbers.
+
+    Parameters
+    ----------
+    name
+        Name of the function or class that is checked.
+    what
+        Name of the value.
+    value
+        What was returned.
+
+    Raises
+    ------
+    CheckFailed
+        If these are no numbers.
+    """
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError):
+        array = np.asarray(None)
+    if array.dtype.kind not in "fiub":
+        raise failed(name, f"{what} should be numbers, yours is {value!r:.80}.")
+    return array
+
+
 def run(name: str, call: Callable[[], Any]) -> Any:
     """Call the learner's code and return its result.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minilora.exercises.comparison import Case, show_case
-from minilora.exercises.outcome import NoResult, failed, run
+from minilora.exercises.outcome import NoResult, array_of, failed, run
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,8 @@ def as_outputs(task: Task, result: Any, given: Case) -> list[np.ndarray]:
             f"one {type(result).__name__}"
         raise failed(task.name, f"It should return {len(task.outputs)} things, {names}; "
                      f"yours returns {got}.")
-    arrays = []
-    for name, value in zip(task.outputs, values, strict=True):
-        try:
-            array = np.asarray(value)
-        except (ValueError, TypeError):
-            array = np.asarray(None)
-        if array.dtype.kind not in "fiub":
-            raise failed(task.name, f"{name} should be numbers, yours is {value!r:.80}.")
-        arrays.append(array)
-    return arrays
+    return [array_of(task.name, name, value)
+            for name, value in zip(task.outputs, values, strict=True)]
 
 
 def as_tuple(value: Any) -> tuple[np.ndarray, ...]:

@@ -460,6 +460,9 @@ WRONG["lora_forward"] = layers(
      "; return x @ self.sA @ self.B"),
     ("not after x, A and B have changed", GOOD + "; self.y = {}",
      "return self.y.setdefault(x.shape, self.scale * (x @ self.A @ self.B))"),
+    ("B should be an array", GOOD.replace("np.zeros((r, m))", "[[0.0] * m] * r"), None),
+    ("forward should be numbers", None, GO + ", x"),
+    ("?", None, "return 2.0 * (x @ self.A @ self.B)"),
     ("x A are cut off", None, "return self.scale * (np.maximum(x @ self.A, 0) @ self.B)"),
 )
 RIGHT["lora_forward"] = layers(
@@ -1303,6 +1306,9 @@ WRONG["find_errors"] = changed(
      "n != round(float(row['printed'][:-1]) * 1e6)"),
     ("you cut the digits off", "f\"{n / 1e6:.{k}f}M\" != row[\"printed\"]",
      "n * 10**k // 10**6 != round(float(row['printed'][:-1]) * 10**k)"),
+    ("1,260,000 parameters, printed 1.2M. That is no rounding",
+     "f\"{n / 1e6:.{k}f}M\" != row[\"printed\"]",
+     "abs(n / 1e6 - float(row['printed'][:-1])) >= 10**-k"),
     ("you round up", "f\"{n / 1e6:.{k}f}M\" != row[\"printed\"]",
      "math.ceil(n * 10**k / 10**6) != round(float(row['printed'][:-1]) * 10**k)"),
     ("a difference of 5%", "f\"{n / 1e6:.{k}f}M\" != row[\"printed\"]",
@@ -1383,8 +1389,9 @@ WRONG["diagnosis"] = tells(
     ("standard deviation", {"size": "up[n].std()"}),
     ("for 80%", {"rank": "int((np.cumsum(s**2) >= 0.8 * (s**2).sum()).argmax()) + 1"}),
     ("up to it", {"rank": "int((np.cumsum(s**2) >= 0.9 * (s**2).sum()).sum())"}),
-    ("not divided by the sum", {"rank": "int((np.cumsum(s**2) >= 0.9).argmax()) + 1"}),
-    ("(cumsum)", {"rank": "int((s**2 >= 0.9 * (s**2).sum()).argmax()) + 1"}),
+    ("always 1", {"rank": "int((np.cumsum(s**2) >= 0.9).argmax()) + 1"}),
+    ("?", {"rank": "int((np.cumsum(s**2) >= 0.85 * (s**2).sum()).argmax()) + 1"}),
+    ("always 1", {"rank": "int((s**2 >= 0.9 * (s**2).sum()).argmax()) + 1"}),
     ("smallest singular values",
      {"rank": "int((np.cumsum(s[::-1]**2) >= 0.9 * (s**2).sum()).argmax()) + 1"}),
     ("of B alone", {"rank": "int((np.cumsum((q := np.linalg.svd(adapter.layers[most].B, compute_uv="
