@@ -132,6 +132,11 @@ CROSS_ENTROPY = Task(
                       lambda logits, targets, base=base: _log_sum(
                           logits, targets, lambda s: np.log(s) / np.log(base)))
               for base in (2, 10)),
+            Mistake("the mean of the exponentials stands where their sum should.",
+                    lambda logits, targets: _entropy(logits, targets).mean()
+                    - np.log(logits.shape[1])),
+            Mistake("it is the largest of the rows; take the mean.",
+                    lambda logits, targets: _entropy(logits, targets).max()),
             Mistake("the logarithm is of 1 + the sum of the exponentials (np.log1p).",
                     lambda logits, targets: _log_sum(logits, targets, np.log1p)),
             Mistake("this is one loss for each row; return their mean.", _entropy),

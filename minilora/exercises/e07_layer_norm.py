@@ -152,6 +152,12 @@ _STATISTICS: list[tuple[str, dict[str, Any]]] = [
     ("it is multiplied by sqrt(var + eps), not divided by it.",
      {"root": lambda x, eps: 1 / np.sqrt(_var(x) + eps)}),
     ("eps is added twice.", {"root": lambda x, eps: np.sqrt(_var(x) + 2 * eps)}),
+    ("the mean of the squares stands for the variance; subtract the mean first.",
+     {"root": lambda x, eps: np.sqrt(_mean(x * x) + eps)}),
+    ("eps is multiplied by the variance; it is added.",
+     {"root": lambda x, eps: np.sqrt(_var(x) * (1 + eps))}),
+    ("the larger of variance and eps is taken; add them.",
+     {"root": lambda x, eps: np.sqrt(np.maximum(_var(x), eps))}),
     ("eps is squared.", {"root": lambda x, eps: np.sqrt(_var(x) + eps**2)}),
     ("eps is subtracted; it is added.", {"root": lambda x, eps: np.sqrt(_var(x) - eps)}),
     *((f"eps is {value:g} whatever is given.",
@@ -183,6 +189,20 @@ _FORMULAS: list[tuple[str, Callable[[SimpleNamespace], np.ndarray]]] = [
      lambda s: s.rstd * (s.g + _mean(s.g) - s.xhat * _mean(s.g * s.xhat))),
     ("both means are added; they are subtracted.",
      lambda s: s.rstd * (s.g + _mean(s.g) + s.xhat * _mean(s.g * s.xhat))),
+    ("dout stands where g should in the first mean: g = dout * weight.", lambda s: s.rstd * (
+        s.g - _mean(s.dout) - s.xhat * _mean(s.g * s.xhat))),
+    ("dout stands where g should in the mean of g * xhat: g = dout * weight.", lambda s: s.rstd * (
+        s.g - _mean(s.g) - s.xhat * _mean(s.dout * s.xhat))),
+    ("the weight is in the last term a second time.", lambda s: s.rstd * (
+        s.g - _mean(s.g) - s.weight * s.xhat * _mean(s.g * s.xhat))),
+    ("the last term, xhat * mean(g * xhat), is halved.", lambda s: s.rstd * (
+        s.g - _mean(s.g) - s.xhat * _mean(s.g * s.xhat) / 2)),
+    ("the last term, xhat * mean(g * xhat), is in it twice.", lambda s: s.rstd * (
+        s.g - _mean(s.g) - 2 * s.xhat * _mean(s.g * s.xhat))),
+    ("the brackets end too early, so that the last term is added.", lambda s: s.rstd * s.g - (
+        _mean(s.g) - s.xhat * _mean(s.g * s.xhat))),
+    ("it is g alone: xhat depends on x by 1 / sqrt(var + eps), mean and variance.",
+     lambda s: s.g),
     ("the weight is in it twice.", lambda s: s.weight * _right(s)),
     ("dout stands where g should, outside the means: g = dout * weight.", lambda s: s.rstd * (
         s.dout - _mean(s.g) - s.xhat * _mean(s.g * s.xhat))),

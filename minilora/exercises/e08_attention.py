@@ -80,6 +80,7 @@ def _wrong(output: int, change: str) -> Callable[..., np.ndarray]:
             q, k = k, q
         p = _wrong_probabilities(q, k, change)
         dp = dout @ (k if change == "k for v" else v).T
+        dp = {"v for dout": v @ v.T, "dp transposed": dp.T}.get(change, dp)
         product, rows = dp * p, {"axis": -1, "keepdims": True}
         inner = {
             "axis": product.sum(axis=0), "flat inner": product.sum(axis=-1),
@@ -99,6 +100,8 @@ def _wrong(output: int, change: str) -> Callable[..., np.ndarray]:
                    "T": len(q) ** -0.5, "twice": 1 / d}
         ds = ds * factors.get(change, d**-0.5)
         return {
+            "with v": (ds @ v, ds.T @ v, p.T @ q),
+            "with dout": (ds @ dout, ds.T @ dout, p.T @ k),
             "swap": (ds.T @ q, ds @ k, p.T @ dout),
             "not transposed": (ds.T @ k, ds @ q, p @ dout),
             "own": (ds @ q, ds.T @ k, p.T @ v),
@@ -121,7 +124,7 @@ _FORWARD = [
     ("the mask is one off twice: it hides the diagonal and the one before (k=1).", "two less"),
     ("the mask makes scores 0, and exp(0) is 1: the masked ones must be -inf.", "zeros"),
     *((_finite(number), number)
-      for number in ("-1", "-10")),
+      for number in ("-1", "-2", "-3", "-5", "-10", "-20")),
     ("q and k are exchanged in the scores: they are q kᵀ.", "exchanged"),
     ("q and k are exchanged throughout, as if the arguments came in another order.", "names"),
     ("it is multiplied by sqrt(D); the scores are divided by it.", "times"),
@@ -145,6 +148,10 @@ _BACK = [
     ("P is in front twice.", "p twice"),
     ("the soft-max's gradient is missing: this is dP, not dS.", "dp alone"),
     ("dS is cut to the wrong side of the diagonal; where P is 0, it is 0 by itself.", "upper"),
+    ("v stands where dout should: dP = dout vᵀ.", "v for dout"),
+    ("dP is transposed: dP = dout vᵀ.", "dp transposed"),
+    ("the last product is with v; dq holds k, and dk holds q.", "with v"),
+    ("the last product is with dout; dq holds k, and dk holds q.", "with dout"),
     ("k stands where v should: dP = dout vᵀ.", "k for v"),
 ]
 _OWN = ("q stands where k should: dq = dS k.", "k stands where q should: dk = dSᵀ q.",
@@ -195,9 +202,14 @@ ATTENTION_BACKWARD = Task(
             ]),
             Mistake(_OWN[i], _wrong(i, "own")),
             *([] if name != "dv" else [
+                Mistake("q stands where dout should: dv = Pᵀ dout.", _wrong(i, "with v")),
+                Mistake("k stands where dout should: dv = Pᵀ dout.", _wrong(i, "with dout")),
+            ]),
+            *([] if name != "dv" else [
                 Mistake("P is summed and multiplied entry by entry; dv is a product of matrices, "
                         "Pᵀ dout.", _wrong(i, "entries")),
-                *(Mistake(_finite(number), _wrong(i, number)) for number in ("-100", "-1000")),
+                *(Mistake(_finite(number), _wrong(i, number))
+                  for number in ("-50", "-100", "-1000")),
             ]),
             Mistake("a transpose is missing or too much: dq = dS k, dk = dSᵀ q, dv = Pᵀ dout.",
                     _wrong(i, "not transposed")),

@@ -78,7 +78,7 @@ def _explain(
     """Raise CheckFailed, naming the mistake in this output or showing where it differs."""
     runs = [(case, got, want) for case, got, want in pairs if got is not None]
     read = task.read.get(name, "")
-    for candidates in (_known(task, name), _general(task)):
+    for candidates in (_known(task, name), _general(task), _of_inputs(task), _constant(runs)):
         if fitting := either(says for says, make in candidates if _matches(make, runs)):
             raise failed(task.name, f"{name} is wrong: {fitting}", read)
     if words := task.describe([(case, got) for case, got, _ in runs]):
@@ -167,6 +167,51 @@ def _general(task: Task) -> list[Candidate]:
          lambda _, want: want[None]),
         ("it has one axis too many: take keepdims out, or an index that is a list.",
          lambda _, want: want[..., None]),
+        ("it is squared.", lambda _, want: want**2),
+        ("its rows are in reverse order.", lambda _, want: want[::-1]),
+        ("it is sorted.", lambda _, want: np.sort(want)),
+        ("every row but the first is missing, zero.", lambda _, want: _kept(want, slice(0, 1))),
+        ("every row but the last is missing, zero.", lambda _, want: _kept(want, slice(-1, None))),
+        ("its last row is missing, zero.", lambda _, want: _kept(want, slice(0, -1))),
+        ("its first row is missing, zero.", lambda _, want: _kept(want, slice(1, None))),
+        ("there are sums over the rows so far (cumsum).", lambda _, want: np.cumsum(want, axis=0)),
         *((f"it is rounded to {digits} digits: leave the numbers as they are.",
            lambda _, want, digits=digits: np.round(want, digits)) for digits in range(7)),
     ]
+
+
+def _kept(want: np.ndarray, rows: slice) -> np.ndarray:
+    """Return `want` with zeros in all other rows."""
+    kept = np.zeros_like(want)
+    kept[rows] = want[rows]
+    return kept
+
+
+def _of_inputs(task: Task) -> list[Candidate]:
+    """Return the mistakes of taking an input for the result, or adding one to it."""
+    found: list[Candidate] = []
+    for name, value in task.cases[0].items():
+        if isinstance(value, np.ndarray):
+            found += [
+                (f"it is the input {name}, unchanged.", lambda case, _, n=name: case[n]),
+                (f"it is the input {name}, transposed.", lambda case, _, n=name: case[n].T),
+                (f"the input {name} is added to it.", lambda case, want, n=name: want + case[n]),
+                (f"the input {name} is subtracted from it.",
+                 lambda case, want, n=name: want - case[n]),
+                (f"it is multiplied by the input {name}, entry by entry.",
+                 lambda case, want, n=name: want * case[n]),
+            ]
+    return found
+
+
+def _constant(runs: list[tuple[Case, np.ndarray, np.ndarray]]) -> list[Candidate]:
+    """Return the mistake of one factor in all cases, which the first case shows."""
+    _, got, want = runs[0]
+    if got.shape != want.shape or not want.size:
+        return []
+    at = np.unravel_index(np.abs(want).argmax(), want.shape)
+    ratio = float(got[at] / want[at])
+    if not np.isfinite(ratio) or ratio == 0:
+        return []
+    return [(f"it is {ratio:.4g} times what it should be, in every case.",
+             lambda _, want: ratio * want)]

@@ -204,6 +204,15 @@ def f(dout, x, W, total={}):
     total[W.shape] = total.get(W.shape, 0) + x.T @ dout
     return dout @ W.T, total[W.shape].copy(), dout.sum(0)
 ---
+it is 1.5 times what it should be, in every case
+def f(dout, x, W): return dout @ W.T, 1.5 * x.T @ dout, dout.sum(0)
+---
+the input W is added
+def f(dout, x, W): return dout @ W.T, x.T @ dout + W, dout.sum(0)
+---
+it is the input x, unchanged
+def f(dout, x, W): return x.copy(), x.T @ dout, dout.sum(0)
+---
 ?
 def f(dout, x, W): return dout @ W.T, x.T @ dout, dout.sum(0) + 1e-3
 ---
@@ -867,6 +876,9 @@ WRONG["layer_norm_backward"] = changed(
     ("sum(g) stands", "g.mean(", "g.sum("), ("divide by C", "(g * h).mean", "(g * h).sum"),
     ("mean(g) is added", "g - g.mean", "g + g.mean"),
     ("weight is in it twice", "dx = r", "dx = w * r"),
+    ("mean of g * xhat: g = dout", "(g * h).mean", "(dout * h).mean"),
+    ("larger of variance and eps", "x.var(-1, keepdims=True) + eps",
+     "np.maximum(x.var(-1, keepdims=True), eps)"),
     ("output y stands", "(dout * h)", "(dout * (h * w + b))"),
     ("mean is not subtracted", "(x - x.mean(-1, keepdims=True))", "x"),
     ("multiplied by sqrt(var + eps)", "1 / np.sqrt", "np.sqrt"),
@@ -930,6 +942,8 @@ WRONG["attention_backward"] = changed(
      "(1 - np.tril(np.ones((t, t), q.dtype))) * -np.inf"),
     ("exp(0) is 1", " + np.triu(np.full((t, t), -np.inf, q.dtype), k=1)",
      " * np.tril(np.ones((t, t), q.dtype))"),
+    ("the mask is -5,", "-np.inf", "-5.0"), ("dP is transposed", "dout @ v.T", "v @ dout.T"),
+    ("product is with v", "ds @ k", "ds @ v"),
     ("the mask is -10,", "-np.inf", "-10.0"), ("the mask is -100,", "-np.inf", "-100.0"),
     ("exchanged in the scores", "q @ k.T", "k @ q.T"),
     ("exchanged throughout", "t, d = q.shape", "t, d = q.shape; q, k = k, q"),
