@@ -149,6 +149,8 @@ def _check_replaced(model: Module, linears: dict[str, Linear]) -> None:
         if layer.lora.rank != _RANK or layer.lora.alpha != _ALPHA:
             raise failed(_NAME, f"{path} has rank {layer.lora.rank} and alpha {layer.lora.alpha}, "
                          "not the rank 2 and alpha 6 that were given.", read)
+        if layer.dropout.p:
+            raise failed(_NAME, f"{path} has dropout, which was not asked for.", read)
         if layer.merged:
             raise failed(_NAME, f"{path} comes back merged; a merged layer cannot be trained.",
                          read)

@@ -111,11 +111,7 @@ def _wrong(output: int, change: str) -> Callable[..., np.ndarray]:
     return wrong
 
 
-def _finite(number: str) -> str:
-    """Return what is wrong with a finite number in the mask."""
-    return f"the mask is {number}, which large scores outweigh: take -inf."
-
-
+_FINITE = "the mask is a finite number, which large scores outweigh: take -inf."
 # Mistakes on the way to P, and on the way back: words, and the name of the change
 _FORWARD = [
     ("every number is nan, as where a mask is made by multiplying: -inf * 0 is nan. Choose with "
@@ -123,7 +119,7 @@ _FORWARD = [
     ("the mask is one off: each position sees the next one as well (k=1).", "one more"),
     ("the mask is one off twice: it hides the diagonal and the one before (k=1).", "two less"),
     ("the mask makes scores 0, and exp(0) is 1: the masked ones must be -inf.", "zeros"),
-    *((_finite(number), number)
+    *((_FINITE, number)
       for number in ("-1", "-2", "-3", "-5", "-10", "-20")),
     ("q and k are exchanged in the scores: they are q kᵀ.", "exchanged"),
     ("q and k are exchanged throughout, as if the arguments came in another order.", "names"),
@@ -208,7 +204,7 @@ ATTENTION_BACKWARD = Task(
             *([] if name != "dv" else [
                 Mistake("P is summed and multiplied entry by entry; dv is a product of matrices, "
                         "Pᵀ dout.", _wrong(i, "entries")),
-                *(Mistake(_finite(number), _wrong(i, number))
+                *(Mistake(_FINITE, _wrong(i, number))
                   for number in ("-50", "-100", "-1000")),
             ]),
             Mistake("a transpose is missing or too much: dq = dS k, dk = dSᵀ q, dv = Pᵀ dout.",

@@ -188,7 +188,7 @@ class _Trial:
             return
         raise failed(_NAME, self.cause(
             (self.double, "after merging, the output has the update twice: forward still adds "
-             "x A B, though it is in the weight now."),
+             "x A B, though it is in the weight now, or merge adds it twice."),
             (x @ w, "after merging, the update is gone: forward leaves it out, but it is not in "
              "the weight."),
             (x @ (w + a @ b), "the merged weight lacks the scale."),
