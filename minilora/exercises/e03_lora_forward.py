@@ -47,10 +47,12 @@ def lora_forward(cls: type) -> Passed:
                              f"{type(value).__name__}.")
         return layer
 
-    for n, m, r, alpha in ((6, 4, 2, 8), (3, 5, 3, 1.5), (4, 4, 1, 2), (2, 7, 2, 9)):
+    sizes, scales = ((6, 4, 2, 8), (3, 5, 3, 1.5), (4, 4, 1, 2), (2, 7, 2, 9)), []
+    for n, m, r, alpha in sizes:
         layer = make(n, m, r, alpha)
         _check_factors(_array(layer.A), _array(layer.B), n, m, r)
-        _check_scale(layer.scale, alpha, n, m, r)
+        scales.append(layer.scale)
+    _check_scale(scales, sizes)
     _check_init(make)
     _check_apart(make)
     _check_forward((make(n, m, r, alpha), shape)  # one after the other
@@ -90,14 +92,25 @@ def _check_factors(a: np.ndarray, b: np.ndarray, n: int, m: int, r: int) -> None
                          read)
 
 
-def _check_scale(scale: Any, alpha: float, n: int, m: int, r: int) -> None:
-    """Check that scale is alpha / r."""
+def _check_scale(scales: list[Any], sizes: tuple[tuple[int, int, int, float], ...]) -> None:
+    """Check that the scale of each size is alpha / r."""
     read = "scale = alpha / r: with it, r can be changed without a new learning rate."
-    if not isinstance(scale, (int, float, np.number)):
-        raise failed(_NAME, f"scale should be a number, yours is a {type(scale).__name__}.", read)
-    if math.isclose(scale, alpha / r):
-        return
-    causes = either(text for value, text in (
+    for scale in scales:
+        if not isinstance(scale, (int, float, np.number)):
+            raise failed(_NAME, f"scale should be a number, yours is a {type(scale).__name__}.",
+                         read)
+    causes = [[text for value, text in _scales(*size) if math.isclose(scale, value)]
+              for scale, size in zip(scales, sizes, strict=True)]
+    for scale, (n, m, r, alpha) in zip(scales, sizes, strict=True):
+        if not math.isclose(scale, alpha / r):
+            text = either(text for text in causes[0] if all(text in more for more in causes))
+            raise failed(_NAME, f"For in {n}, out {m}, alpha {alpha} and rank {r} scale is "
+                         f"{scale}, not {alpha / r}. {text}".rstrip(), read)
+
+
+def _scales(n: int, m: int, r: int, alpha: float) -> list[tuple[float, str]]:
+    """Return wrong scales, and what is wrong with them."""
+    return [
         (alpha, "scale is alpha: divide it by the rank."),
         (1.0, "scale is 1: alpha / r is missing."),
         (r / alpha, "scale is r / alpha: it is the other way round."),
@@ -109,9 +122,10 @@ def _check_scale(scale: Any, alpha: float, n: int, m: int, r: int) -> None:
         (alpha**2 / r, "scale is alpha² / r: alpha is in it twice."),
         (alpha / n, "scale is alpha / in: divide by the rank."),
         (alpha / m, "scale is alpha / out: divide by the rank."),
-    ) if math.isclose(scale, value))
-    raise failed(_NAME, f"For in {n}, out {m}, alpha {alpha} and rank {r} scale is {scale}, not "
-                 f"{alpha / r}. {causes}".rstrip(), read)
+        (r, "scale is the rank: it is alpha / r."),
+        (2.0, "scale is always 2: it is alpha / r."),
+        (round(alpha / r), "scale is rounded: alpha / r is to be kept as it is."),
+    ]
 
 
 # ---- The initial values
