@@ -143,6 +143,10 @@ CROSS_ENTROPY = Task(
             Mistake("the soft-max is over the wrong axis: each row is one distribution.",
                     lambda logits, targets: _entropy(logits, targets, axis=0).mean()),
             Mistake(_OVERFLOW, lambda logits, targets: _naive(logits, targets).mean()),
+            Mistake("log of a probability that has underflowed to 0 is -inf. Take z - max - "
+                    "log(sum(exp(z - max))) instead of log(p).",
+                    lambda logits, targets: -np.log(
+                        softmax(logits)[np.arange(len(targets)), targets]).mean()),
             Mistake("the maximum must be each row's own: max(axis=-1, keepdims=True). One for all "
                     "rows makes rows with small logits underflow.",
                     lambda logits, targets: _shifted(logits, targets, logits.max())[0]),
@@ -170,10 +174,6 @@ CROSS_ENTROPY = Task(
                     "sum(axis=-1, keepdims=True).",
                     lambda logits, targets: (_entropy(logits, targets) + np.log(_sums(logits).sum())
                                              - np.log(_sums(logits)[:, 0])).mean()),
-            Mistake("log of a probability that has underflowed to 0 is -inf. Take z - max - "
-                    "log(sum(exp(z - max))) instead of log(p).",
-                    lambda logits, targets: -np.log(
-                        softmax(logits)[np.arange(len(targets)), targets]).mean()),
             Mistake("the mean is over all N V entries; divide by N, one target for each row.",
                     lambda logits, targets: _entropy(logits, targets).sum() / logits.size),
             Mistake("it is the mean over all N V log-probabilities; only those of the targets "

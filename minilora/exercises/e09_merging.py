@@ -210,8 +210,8 @@ class _Trial:
         if not self.gives(self.full):
             raise failed(_NAME, self.cause(
                 (self.double, "unmerge leaves the update in the weight. (Did the second merge, "
-                 "which was refused, overwrite the weight that was kept? Check first, then "
-                 "remember.)"),
+                 "which was refused, overwrite the weight that was kept? Or is that the same "
+                 "array, which += changes, too? Check first, then keep a copy.)"),
                 (x @ w, "after unmerge the LoRA branch is gone: A, B and the scale must be as they "
                  "were, and forward must add the branch again."),
                 (x @ (w - s * a @ b), "unmerge takes the update off the weight more than once."),
