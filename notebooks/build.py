@@ -99,16 +99,9 @@ def build_exercise(source: Path) -> None:
     nbformat.write(without_solutions(notebook), source.parent.parent / f"{source.stem}.ipynb")
 
 
-def execute(
-    source: Path, timeout: int = 600, before: str = "", after: str = ""
-) -> nbformat.NotebookNode:
-    """Return the executed notebook of a source. CellExecutionError where a cell fails.
-
-    The tests run code of theirs before the first cell and after the last.
-    """
+def execute(source: Path, timeout: int = 600) -> nbformat.NotebookNode:
+    """Return the executed notebook of a source. CellExecutionError where a cell fails."""
     notebook = read(source)
-    first, last = nbformat.v4.new_code_cell(before), nbformat.v4.new_code_cell(after)
-    notebook.cells = [cell for cell in (first, *notebook.cells, last) if cell.source]
     client = nbclient.NotebookClient(
         notebook, timeout=timeout, record_timing=False, resources={"metadata": {"path": HERE}}
     )

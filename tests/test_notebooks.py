@@ -47,21 +47,6 @@ def test_the_notebook_is_built_from_its_source(source):
     assert last.startswith("## Questions")
 
 
-# With sliders, as a reader has them; every choice is drawn again after the last cell, when names
-# may stand for something else.
-RECORD_CHOICES = f"""
-import os as _os
-from minilora.lab import interact as _interact
-_os.environ.pop("{build.STATIC}")
-_chosen, _choose = [], _interact.choose
-def _record(draw, name, values, *static):
-    _chosen.extend((draw, value) for value in values)
-    _choose(draw, name, values, *static)
-_interact.choose = _record
-"""
-DRAW_CHOICES = """
-assert all(type(_draw(_value)).__name__ == "Figure" for _draw, _value in _chosen)
-"""
 LONGEST = ("04_full_vs_lora", *build.NEEDS_MODEL)  # begin first
 RUNS: dict[Path, Future] = {}
 
@@ -71,9 +56,7 @@ def start(sources):
     pool = ProcessPoolExecutor(2)
     for source in sorted(sources, key=lambda path: path.stem not in LONGEST):
         if not build.missing(source):
-            RUNS[source] = pool.submit(
-                build.execute, source, before=RECORD_CHOICES, after=DRAW_CHOICES
-            )
+            RUNS[source] = pool.submit(build.execute, source)
     pool.shutdown(wait=False)
 
 
